@@ -40,7 +40,7 @@ def main() -> None:
     print(f"{'kind':8}" + "".join(f"{f'{name}, {products}':>34}" for name, products in arms))
     with tempfile.TemporaryDirectory() as folder:
         for kind in options.kinds:
-            workers = [start(places[name], kind, products, options, Path(folder)) for name, products in arms]
+            workers = [start(places[name], kind, products, options, Path(folder) / name) for name, products in arms]
             turns = [[turn(worker) for worker in workers] for _ in range(options.rounds)]
             for worker in workers:
                 worker.stdin.close()  # type: ignore[union-attr]
@@ -60,10 +60,10 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start(root: Path, kind: str, products: str, options: argparse.Namespace, folder: Path) -> subprocess.Popen[str]:
-    """A process of a checkout that has made its first step."""
+def start(root: Path, kind: str, products: str, options: argparse.Namespace, work: Path) -> subprocess.Popen[str]:
+    """A process of a checkout that has made its first step. work: its own folder, which checkouts of the same name would share."""
     sizes = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "length")]
-    command = [sys.executable, __file__, *sizes, "--worker", kind, products, str(folder / root.name)]
+    command = [sys.executable, __file__, *sizes, "--worker", kind, products, str(work)]
     where = os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=where)
     worker.stdout.readline()  # type: ignore[union-attr]

@@ -20,6 +20,9 @@ FAMILIES: dict[str, dict] = {
     "glm4": HEAD | {"pad_token_id": 0, "eos_token_id": [2]},
     "mixtral": {"num_local_experts": 5, "tie_word_embeddings": False},
     "qwen3_moe": HEAD | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+    "qwen2_moe": {
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56,
+    },
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "pad_token_id": None, "eos_token_id": None},
     "gpt_oss": HEAD | {
         "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 5, "swiglu_limit": 1.5,

@@ -14,7 +14,13 @@ from transformers import PreTrainedModel
 from outrider.nn.blocks import named, quantise
 from tests.checkpoints import make_model
 
-ARCHITECTURES = {"qwen3_moe": "qwen3moe", "olmoe": "olmoe", "mixtral": "llama", "gpt_oss": "gpt-oss"}
+ARCHITECTURES = {
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "olmoe": "olmoe",
+    "mixtral": "llama",
+    "gpt_oss": "gpt-oss",
+}
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -22,6 +28,7 @@ SIZES = {
     "vocab_size": 101,
     "num_hidden_layers": 2,
 }
+OWN = {"qwen3_moe": {"norm_topk_prob": True}, "qwen2_moe": {"shared_expert_intermediate_size": 128}}
 Kinds = Mapping[str, str]
 """A part of a tensor's name in GGUF -> its type, the first that occurs; norms, biases, sinks and routers are float32."""
 PLAIN = ("norm", "bias", "sinks", "ffn_gate_inp")
@@ -65,6 +72,10 @@ def stacked(tensors: dict[str, Tensor], at: str, to: str) -> Iterator[tuple[str,
     both, down = tensors[at + "mlp.experts.gate_up_proj"], tensors[at + "mlp.experts.down_proj"]
     for name, weight in zip(("gate", "up", "down"), (*both.chunk(2, 1), down), strict=True):
         yield f"{to}ffn_{name}_exps.weight", weight
+    if f"{at}mlp.shared_expert_gate.weight" in tensors:
+        for name in ("gate", "up", "down"):
+            yield f"{to}ffn_{name}_shexp.weight", tensors[f"{at}mlp.shared_expert.{name}_proj.weight"]
+        yield to + "ffn_gate_inp_shexp.weight", tensors[at + "mlp.shared_expert_gate.weight"].squeeze()
 
 
 def gpt_oss(tensors: dict[str, Tensor], at: str, to: str) -> Iterator[tuple[str, Tensor]]:
@@ -101,8 +112,10 @@ def write(
     }  # fmt: skip
     if c.model_type == "mixtral" and c.sliding_window:
         values["attention.sliding_window"] = c.sliding_window
-    if c.model_type == "qwen3_moe":
+    if c.model_type in ("qwen2_moe", "qwen3_moe"):
         values["expert_feed_forward_length"] = c.moe_intermediate_size
+    if c.model_type == "qwen2_moe":
+        values["expert_shared_feed_forward_length"] = c.shared_expert_intermediate_size
     if c.model_type == "gpt_oss":
         rope = c.rope_parameters
         values |= {
@@ -160,5 +173,5 @@ def rounded(model: PreTrainedModel, kinds: Kinds) -> PreTrainedModel:
 
 def small(family: str, **overrides: Any) -> PreTrainedModel:
     """A random model whose rows are whole blocks of 32."""
-    sizes = {k: v for k, v in SIZES.items() if family == "qwen3_moe" or k != "moe_intermediate_size"}
-    return make_model(family, **(sizes | {"norm_topk_prob": True} if family == "qwen3_moe" else sizes) | overrides)
+    sizes = {k: v for k, v in SIZES.items() if family in OWN or k != "moe_intermediate_size"}
+    return make_model(family, **sizes | OWN.get(family, {}) | overrides)

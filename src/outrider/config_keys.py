@@ -48,7 +48,7 @@ LAYER_OPTIONS = WINDOWS | {"attention_bias", "mlp_bias"}
 OPTIONS = LAYER_OPTIONS | {
     "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "hidden_activation", "sliding_window_pattern",
     "rope_local_base_freq", "embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier",
-    "no_rope_layers", "no_rope_layer_interval",
+    "no_rope_layers", "no_rope_layer_interval", "qkv_bias",
 }  # fmt: skip
 """Keys of some of the families."""
 COMMON = frozenset({

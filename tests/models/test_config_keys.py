@@ -119,6 +119,18 @@ MATTER = {
         "output_router_logits",
         "shared_expert_intermediate_size",
     ),
+    "qwen2_moe": (
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "mlp_only_layers",
+        "decoder_sparse_step",
+        "qkv_bias",
+        "norm_topk_prob",
+        "sliding_window",
+        "use_sliding_window",
+        "layer_types",
+        "num_local_experts",
+    ),
     "olmoe": (
         "num_experts",
         "num_experts_per_tok",
@@ -130,7 +142,7 @@ MATTER = {
     "gpt_oss": ("swiglu_limit", "swiglu_alpha", "sliding_window", "layer_types", "num_local_experts", "attention_bias"),
 }
 """Keys that are tried in every run for the families that came later; all others are in the slow tests."""
-SPARSE = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 OTHERS = {
     "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "logit_scale": 0.1, "logits_scaling": 4.0,
     "embedding_multiplier": 3.0, "residual_multiplier": 0.2, "attention_multiplier": 0.3, "query_pre_attn_scalar": 7,
@@ -234,6 +246,7 @@ LEFTOVERS = {
     "qwen3": {"mlp_bias": True, "head_dim": 16},
     "mixtral": {"attention_bias": True, "use_sliding_window": False, "max_window_layers": 1},
     "qwen3_moe": {"mlp_bias": True, "max_window_layers": 1, "router_aux_loss_coef": 0.3},
+    "qwen2_moe": {"mlp_bias": True, "attention_bias": True, "router_aux_loss_coef": 0.3},
     "olmoe": {"sliding_window": 4, "mlp_bias": True, "router_aux_loss_coef": 0.3},
     "gpt_oss": {
         "mlp_bias": True, "use_sliding_window": False, "max_window_layers": 1, "experts_per_token": 2, "initial_context_length": 16,

@@ -26,7 +26,7 @@ from outrider.verify import LOSSLESS, load_rule
 from tests.checkpoints import edit_config, make_checkpoint
 from tests.contract.asked import engine, tokens
 
-FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 PROMPTS = [[5, 17, 3, 40], [9], [61, 2, 33, 71, 12, 50, 8]]
 
 

@@ -39,6 +39,10 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 6, "num_experts_per_tok": 2, "num_hidden_layers": 1,
          "head_dim": 64},
     ),
+    "qwen2moe": ("qwen2_moe", {"": "Q8_0"}, {}),
+    "qwen2moe in other types": (
+        "qwen2_moe", {"shexp": "Q5_1", "exps": "Q4_0", "": "Q8_0"}, {"num_experts": 5, "shared_expert_intermediate_size": 96},
+    ),
     "mixtral": ("mixtral", {"blk.1": "Q4_1", "down_exps": "Q5_0", "": "Q8_0"}, {"sliding_window": 9}),
     "olmoe": ("olmoe", {"exps": "Q5_1", "": "Q8_0"}, {}),
     "gpt-oss": ("gpt_oss", {"exps": "MXFP4", "": "Q8_0"}, {"swiglu_limit": 7.0}),
@@ -175,6 +179,7 @@ QWEN: dict[str, tuple[dict[str, Any], str]] = {
     "scaled": ({"expert_weights_scale": 2.5}, "expert_weights_scale 2.5"),
     "not divided": ({"expert_weights_norm": False}, "expert_weights_norm False"),
     "shared": ({"expert_shared_count": 1}, "expert_shared_count 1"),
+    "shared by its units": ({"expert_shared_feed_forward_length": 64}, "expert_shared_feed_forward_length 64"),
     "groups": ({"expert_group_count": 4}, "expert_group_count 4"),
     "a key nobody knows": ({"expert_bias": 1}, "expert_bias, which is not known"),
 }
@@ -207,8 +212,8 @@ def test_what_has_no_key_is_not_written(tmp_path: Path) -> None:
 
 def test_a_dense_architecture_with_experts_is_refused(tmp_path: Path) -> None:
     data = write(small("qwen3_moe"), tmp_path / "x.gguf", {"": "Q8_0"}).read_bytes()
-    (tmp_path / "x.gguf").write_bytes(data.replace(b"qwen3moe", b"smollm3\0").replace(b"smollm3\0", b"qwen2moe"))
-    with pytest.raises(ConfigError, match="architecture 'qwen2moe', which is not read"):
+    (tmp_path / "x.gguf").write_bytes(data.replace(b"qwen3moe", b"grovemoe"))
+    with pytest.raises(ConfigError, match="architecture 'grovemoe', which is not read"):
         GgufCheckpoint(tmp_path / "x.gguf")
 
 

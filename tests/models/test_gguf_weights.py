@@ -67,6 +67,7 @@ CASES = {
     "mixtral": ("mixtral", {"sliding_window": 6}),
     "qwen3 experts": ("qwen3_moe", {"norm_topk_prob": True}),
     "olmoe": ("olmoe", {}),
+    "qwen2moe": ("qwen2_moe", {}),
     "gpt-oss": ("gpt_oss", {"swiglu_limit": 7.0}),
 }
 
@@ -235,6 +236,34 @@ def test_scalings_that_have_no_key_are_refused(tmp_path: Path) -> None:
     edit_config(source, (), rope_parameters=LONG | {"long_factor": None})
     with pytest.raises(ConfigError, match="long_factor must list 6 numbers"):
         convert(source, tmp_path / "other.gguf", "f32")
+
+
+FULL = {"sliding_window": None, "layer_types": ["full_attention"] * 3}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "gemma3_text", "qwen2"])
+def test_a_folder_without_its_familys_windows(family: str, tmp_path: Path) -> None:
+    """Where readers of GGUF take a window for given it is refused, else the file has none either."""
+    sizes = {"gpt_oss": {"swiglu_limit": 7.0}, "qwen2": {}}.get(family, {"query_pre_attn_scalar": 16})
+    source, _ = make_pair(tmp_path, family, **(sizes | ({"layer_types": None} if family == "gemma3_text" else {})))
+    edit_config(source, (), **FULL)
+    assert not any(Checkpoint(source).config.window)
+    if family in ("gemma2", "gpt_oss"):
+        with pytest.raises(ConfigError, match="no sliding window, and readers of GGUF take one for given"):
+            convert(source, tmp_path / "other.gguf", "f32")
+        return
+    convert(source, tmp_path / "other.gguf", "f32")
+    assert GgufCheckpoint(tmp_path / "other.gguf").config.window == (0, 0, 0)
+
+
+def test_what_would_be_read_back_otherwise_is_not_written(tmp_path: Path) -> None:
+    """Qwen2's windows: files of its architecture have no key that switches them on."""
+    source, _ = make_pair(tmp_path, "qwen2")
+    edit_config(source, ("layer_types",), use_sliding_window=True, sliding_window=7, max_window_layers=0)
+    assert Checkpoint(source).config.window == (7, 7, 7)
+    with pytest.raises(ConfigError, match="GGUF says its window otherwise"):
+        convert(source, tmp_path / "other.gguf", "f32")
+    assert not (tmp_path / "other.gguf").exists()
 
 
 def test_splits(tmp_path: Path) -> None:

@@ -86,11 +86,23 @@ CASES = {
         "qwen3_moe",
         {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 5},
     ),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen2_moe normalised, a dense layer, windows": (
+        "qwen2_moe",
+        {
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+        },
+    ),
     "olmoe": ("olmoe", {}),
     "olmoe clipped": ("olmoe", {"clip_qkv": 0.7, "norm_topk_prob": True, "attention_bias": True}),
     "gpt_oss": ("gpt_oss", {}),
     "gpt_oss one expert, no biases": (
-        "gpt_oss", {"num_experts_per_tok": 1, "attention_bias": False, "num_key_value_heads": 4},
+        "gpt_oss",
+        {"num_experts_per_tok": 1, "attention_bias": False, "num_key_value_heads": 4},
     ),
     "llama packed": ("llama", {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 1}),
 }
@@ -106,7 +118,7 @@ LATER = (
     "glm4",
 )
 """A case of each family that came after the first four."""
-SPARSE = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 """Families with experts: transformers has them in float32 and lower alone."""
 PROMPT = torch.randint(0, 97, (23,), generator=torch.Generator().manual_seed(5)).tolist()
 
@@ -180,7 +192,7 @@ def test_logits_and_hidden_states_equal_transformers(case, dtype, make):
 
 WAYS = [(torch.float64, False), (torch.float32, False), (torch.float32, True)]
 TREES = ["llama grouped heads", "qwen2 windows", "qwen3", "mistral window", *LATER]
-SPARSE_TREES = ["mixtral", "qwen3_moe normalised, a dense layer", "olmoe clipped", "gpt_oss"]
+SPARSE_TREES = ["mixtral", "qwen2_moe", "qwen3_moe normalised, a dense layer", "olmoe clipped", "gpt_oss"]
 
 
 @pytest.mark.parametrize(

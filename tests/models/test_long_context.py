@@ -116,17 +116,20 @@ def test_a_view_sees_its_tokens_and_no_others(dtype: torch.dtype) -> None:
     assert (plain - masked).abs().max() <= (1e-4 if dtype is torch.float32 else 6e-2) * masked.abs().max()
 
 
-def test_it_tells_the_weights_of_the_softmax() -> None:
-    """One layer, rows of a tree: sums of 16 tokens against a softmax in float64; together they are the rows times the heads."""
+@pytest.mark.parametrize("sunk", [False, True], ids=["plain", "sinks"])
+def test_it_tells_the_weights_of_the_softmax(sunk: bool) -> None:
+    """One layer, rows of a tree: sums of 16 tokens against a softmax in float64; together the rows times the heads, but for
+    what sinks take (of one head nearly all, of another nearly nothing)."""
     config, extras = SHAPES["plain"]
     config, n = replace(config, layers=1, window=(0,)), PART + 40
     weights = random_weights(config, extras, torch.float32)
+    sinks = torch.linspace(-4.0, 14.0, config.heads) if sunk else None
+    weights = replace(weights, layers=(replace(weights.layers[0], sinks=sinks),))
     decoder, kv = native(config, weights), filled(config, torch.float32, PART + 40)
     kv.attended = {}
     run(decoder, Rows.assemble([0], [[3]], [n], forest(([4, 5], [-1, -1]))), kv)
     told = kv.attended[0]
     assert told.shape == (-(-(n + 3) // kv.chunk),)
-    assert float(told.sum()) == pytest.approx(3 * config.heads, rel=1e-5)
     keys, x = kv.entries(0, n + 3)[0][0].double(), weights.embedding.double()[[3, 4, 5]]
     x = x / (x.pow(2).mean(-1, keepdim=True) + config.eps).sqrt() * weights.layers[0].norm1.double()
     q = (x @ weights.layers[0].qkv[: config.heads * config.head_dim].double().T).view(3, config.heads, -1)
@@ -137,6 +140,12 @@ def test_it_tells_the_weights_of_the_softmax() -> None:
     see[:, n:] = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
     group = config.heads // config.kv_heads
     score = torch.einsum("rhd,hmd->rhm", q, keys.repeat_interleave(group, 0)) * config.head_dim**-0.5
-    weight = score.masked_fill(~see[:, None], -torch.inf).softmax(-1).sum((0, 1))
+    own = torch.full((config.heads,), -torch.inf) if sinks is None else sinks
+    score = torch.cat([score.masked_fill(~see[:, None], -torch.inf), own.double().expand(3, -1)[..., None]], -1)
+    shares = score.softmax(-1)[..., :-1]
+    taken = 3 * config.heads - float(shares.sum())
+    assert abs(taken) < 1e-9 if sinks is None else 1 < taken < 3 * config.heads - 1
+    assert float(told.sum()) == pytest.approx(3 * config.heads - taken, rel=1e-5)
+    weight = shares.sum((0, 1))
     expected = torch.nn.functional.pad(weight, (0, -len(weight) % kv.chunk)).view(-1, kv.chunk).sum(-1)
     assert (told - expected).abs().max() < 1e-3

@@ -17,7 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from outrider.errors import ConfigError
 from outrider.models.checkpoint import Checkpoint
+from outrider.models.config import Unsupported
+from outrider.models.entries import Entry
 from outrider.models.load import inspect_checkpoint, load_target
+from outrider.models.packed import packing_of
 from tests.checkpoints import edit_config, make_checkpoint
 
 G = 16
@@ -195,6 +198,42 @@ def test_damaged_checkpoints(name: str, tmp_path: Path) -> None:
     save_file(DAMAGES[name](tensors), folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="damaged"):
         load_target(folder)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parts_of_another_type_are_refused(case: str, tmp_path: Path) -> None:
+    """Codes among them: a scale that is an integer, or a word that is a number, would be taken for what it is not."""
+    folder, values = make_packed(tmp_path, case)
+    tensors, base = load_file(folder / "model.safetensors"), next(iter(values)).removesuffix("weight")
+    parts = [name for name in tensors if name.startswith(base) and not name.endswith("shape")]
+    assert len(parts) >= 2
+    for name in parts:
+        other = torch.int16 if tensors[name].is_floating_point() else torch.float32
+        changed = tensors | {name: tensors[name].to(other)}
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises((ConfigError, Unsupported)) as refused:
+            Checkpoint(folder)
+        assert "\n" not in str(refused.value)
+
+
+ODD = {
+    "gptq 4": (36, 32, {"qweight": (4, 36), "qzeros": (2, 4), "scales": (2, 36), "g_idx": (32,)}),
+    "awq": (36, 32, {"qweight": (32, 4), "qzeros": (2, 4), "scales": (2, 36)}),
+    "fours": (32, 40, {"weight_packed": (32, 5), "weight_scale": (32, 2)}),
+    "mlx 4": (32, 40, {"weight": (32, 5), "scales": (32, 2), "biases": (32, 2)}),
+}
+"""N, K, and the shapes of tensors that have as many whole words and groups as fit into them."""
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_sizes_that_are_no_whole_words_are_refused(case: str) -> None:
+    n, k, shapes = ODD[case]
+    how = CASES[case][1]
+    packing = packing_of({"quantization" if case.startswith("mlx") else "quantization_config": how})
+    assert packing is not None
+    entries = {f"x.{end}": Entry(Path(), packing.kinds[end][0], shape) for end, shape in shapes.items()}
+    with pytest.raises(ConfigError, match="cannot have whole words and groups"):
+        packing.tensors("x.weight", (n, k), entries)
 
 
 CHANGES: dict[str, dict[str, Any]] = {

@@ -1,37 +1,26 @@
-"""Weights of a Hugging Face folder -> DecoderWeights, from safetensors only, every size checked before anything is allocated.
-
-Files are mapped again for each group of tensors: an open map keeps every page it has read in memory, so reading a file through
-one map would hold the weights twice. Here the peak is the weights plus one block (or one embedding).
-"""
+"""Weights of a Hugging Face folder -> DecoderWeights, from safetensors only, every size checked before anything is allocated."""
 
 from __future__ import annotations
 
 import math
-import reprlib
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import fields
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from outrider.config_keys import PACKED
 from outrider.errors import ConfigError
 from outrider.models.adapter import read_adapter
-from outrider.models.config import SINKS, Layout, Unsupported, layout_of, read_raw_config, shapes_of
-from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
+from outrider.models.config import Unsupported, layout_of, read_raw_config, shapes_of
+from outrider.models.decoder import DecoderConfig, DecoderWeights
 from outrider.models.entries import read_entries
-from outrider.models.experts import FUSED, expert_names
+from outrider.models.experts import FUSED
 from outrider.models.packed import packing_of
 from outrider.models.places import without_place
-from outrider.models.rotary import halves
+from outrider.models.reading import Progress, Reader
 from outrider.mtp_names import head_tensors
 from outrider.nn.memory import require_weights
-
-Progress = Callable[[float], None]
-"""Called with the share of the weights read so far, in (0, 1]."""
 
 
 class Checkpoint:
@@ -70,7 +59,8 @@ class Checkpoint:
         """Of all weights in a type, of those of blocks, and of those of experts."""
         c, each, e = self.config, dtype.itemsize, self.config.experts
         numbers = 0 if e is None else 3 * sum(e.sparse) * e.count * e.inner * c.hidden
-        dense = 0 if e is None else 3 * sum(e.sparse) * c.inner * c.hidden  # which experts take the place of
+        # which experts take the place of
+        dense = 0 if e is None else 3 * sum(e.sparse) * (c.inner - e.shared) * c.hidden
         return self.parameters * each, (c.layers * c.block_numbers - dense + numbers) * each, numbers * each
 
     @property
@@ -80,7 +70,11 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in float32, as it is stored."""
-        return _Reader(self, [name], torch.float32, torch.device("cpu"), None).tensor(name)
+        return Reader(self, [name], torch.float32, torch.device("cpu"), None).tensor(name)
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """The same along its first dimension, an expert at a time where it holds all of a layer; else the whole."""
+        return Reader(self, [name], torch.float32, torch.device("cpu"), None).parts(name)
 
     def norm(self) -> Tensor:
         """Weights of the final norm, in float32."""
@@ -113,7 +107,7 @@ class Checkpoint:
         where, count = torch.device(device), first or self.config.layers
         left_out = self.bytes_of(torch.uint8)[1] * (self.config.layers - count) // self.config.layers
         require_weights(self.parameters - left_out, dtype, where, role)
-        reader = _Reader(self, list(self._expected()), dtype, where, progress)
+        reader = Reader(self, list(self._expected()), dtype, where, progress)
         embedding = reader.tensor("model.embed_tokens.weight")
         head = embedding
         if "lm_head.weight" in self._expected():
@@ -122,7 +116,7 @@ class Checkpoint:
                 head, embedding
             ):  # both stored; unequal ones stay two, as in transformers
                 head = embedding
-        layers = tuple(reader.layer(i, self.layout, self.fused) for i in range(count))
+        layers = tuple(reader.layer(i) for i in range(count))
         norm = reader.tensor("model.norm.weight")
         return DecoderWeights(embedding, layers, norm, head, dtype, self.config.wide_norms)
 
@@ -167,24 +161,10 @@ class Checkpoint:
 
     def _take_packed(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a weight is packed; then the names of its tensors are noted. Raises ConfigError for tensors of other shapes."""
-        packing, base = self.packing, name.removesuffix("weight")
-        codes = self.entries.get(base + packing.codes) if packing is not None else None
-        if packing is None or codes is None or len(shape) != packing.dimensions or codes.stored not in packing.kinds:
-            return False
-        found: dict[str, str] = {}
-        for end, expected in packing.shapes(*shape).items():
-            entry = self.entries.get(base + end)
-            if entry is None and end in packing.optional:
-                continue
-            if entry is None or entry.shape != expected or not all(expected):
-                has = "is missing" if entry is None else f"has shape {list(entry.shape)}"
-                raise ConfigError(
-                    f"tensor {base + end} {has}, where {packing.name} of a weight of {list(shape)} has {list(expected)}: "
-                    "the checkpoint is damaged, download it again"
-                )
-            found[end] = base + end
-        self.packed[name] = found
-        return True
+        found = None if self.packing is None else self.packing.tensors(name, shape, self.entries)
+        if found is not None:
+            self.packed[name] = found
+        return found is not None
 
 
 def load_checkpoint(
@@ -198,114 +178,3 @@ def load_checkpoint(
     """Shape and weights of the checkpoint in `folder`: see `Checkpoint`."""
     checkpoint = Checkpoint(folder, max_length=max_length)
     return checkpoint.config, checkpoint.read(dtype, device, progress)
-
-
-def _by_expert(t: dict[str, Tensor], turns: bool) -> dict[str, Tensor]:
-    """Joined tensors of experts, [E, gate and up, H] and [E, H, I], in the order of `LayerWeights`. turns: gates and ups take
-    turns, and inputs come before outputs."""
-    if not turns:
-        return {
-            "gate_up": t["gate_up"].unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2),
-            "down": t["down"].flatten(0, 1),
-        }
-    return {
-        "gate_up": t["gate_up"].mT.unflatten(1, (-1, 2)).permute(2, 0, 1, 3).flatten(0, 2).contiguous(),
-        "gate_up_bias": t["gate_up_bias"].unflatten(1, (-1, 2)).permute(2, 0, 1).flatten(),
-        "down": t["down"].mT.flatten(0, 1).contiguous(),
-        "down_bias": t["down_bias"].flatten(),
-    }
-
-
-class _Reader:
-    """Copies tensors into newly allocated, fused ones, in the requested dtype and on the requested device."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        wanted: Sequence[str],
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Progress | None,
-    ) -> None:
-        self._checkpoint, self._dtype, self._device, self._progress = checkpoint, dtype, device, progress
-        self._entries, self._shapes = checkpoint.entries, checkpoint.shapes
-        self._done, self._all = 0, sum(self._entries[part].bytes for name in wanted for part in self._parts(name))
-
-    def _parts(self, name: str) -> Sequence[str]:
-        """The tensors in the files that a weight is made of."""
-        return list(self._checkpoint.packed[name].values()) if name in self._checkpoint.packed else [name]
-
-    def tensor(self, name: str) -> Tensor:
-        return self._group([(name,)])[0]
-
-    def layer(self, i: int, layout: Layout, fused: bool) -> LayerWeights:
-        family, c = layout.family, layout.decoder
-        block, attention, mlp = f"model.layers.{i}.", f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-        heads = ("qkv",) if "qkv" in family.fused else tuple("qkv")
-        names: dict[str, tuple[str, ...]] = {
-            "qkv": tuple(f"{attention}{part}_proj.weight" for part in heads),
-            "o": (f"{attention}o_proj.weight",),
-            "gate_up": tuple(
-                f"{mlp}{p}_proj.weight" for p in (["gate_up"] if "gate_up" in family.fused else ["gate", "up"])
-            ),
-            "down": (f"{mlp}down_proj.weight",),
-        }
-        names |= {place: (f"{block}{name}.weight",) for place, name in family.norms}
-        if layout.qkv_bias:
-            names["qkv_bias"] = tuple(f"{attention}{part}_proj.bias" for part in heads)
-        if layout.o_bias:
-            names["o_bias"] = (f"{attention}o_proj.bias",)
-        if family.qk_norm:
-            names |= {"q_norm": (f"{attention}q_norm.weight",), "k_norm": (f"{attention}k_norm.weight",)}
-        if family.sinks:
-            names["sinks"] = (block + SINKS,)
-        sparse = c.experts is not None and c.experts.sparse[i]
-        if sparse:
-            names |= {field: tuple(f"{block}{n}" for n in parts) for field, parts in expert_names(c, fused).items()}
-        t = dict(zip(names, self._group(list(names.values())), strict=True))
-        if sparse and fused:
-            t |= _by_expert(t, family.experts is not None and family.experts.bounded)
-        turned, count = (c.heads + c.kv_heads) * c.head_dim, 2 * len(c.inv_freq)
-        for rows in (t[name][:turned] for name in ("qkv", "qkv_bias") if name in t and family.interleaved):
-            rows.copy_(halves(rows.view(turned, -1), c.heads + c.kv_heads, c.head_dim, count).view(rows.shape))
-        return LayerWeights(**{f.name: t.get(f.name) for f in fields(LayerWeights)})  # type: ignore[arg-type]
-
-    def _group(self, fused: Sequence[tuple[str, ...]]) -> list[Tensor]:
-        """One tensor for each tuple of names: those tensors stacked along the first dimension."""
-        files = {self._entries[part].file for names in fused for name in names for part in self._parts(name)}
-        try:
-            with ExitStack() as stack:
-                maps = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
-                return [self._fuse(names, maps) for names in fused]
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"a weight file cannot be read ({reprlib.repr(str(error))}): download it again") from None
-
-    def _fuse(self, names: tuple[str, ...], maps: dict[Path, safe_open]) -> Tensor:
-        shapes = [self._shapes[name] for name in names]
-        family, norm = self._checkpoint.layout.family, names[0].endswith("norm.weight")
-        dtype = torch.promote_types(self._dtype, torch.float32) if norm and family.wide_norms else self._dtype
-        out = torch.empty((sum(s[0] for s in shapes), *shapes[0][1:]), dtype=dtype, device=self._device)
-        for name, part in zip(names, out.split([s[0] for s in shapes]), strict=True):
-            part.copy_(self._value(name, maps))
-            self._done += sum(self._entries[piece].bytes for piece in self._parts(name))
-            if self._progress:
-                self._progress(self._done / self._all)
-        return out.add_(1) if norm and family.shifted else out
-
-    def _value(self, name: str, maps: dict[Path, safe_open]) -> Tensor:
-        """A weight with what an adapter adds to it."""
-        value, adapter = self._stored_value(name, maps), self._checkpoint.adapter
-        return value if adapter is None else adapter.added(name, value)
-
-    def _stored_value(self, name: str, maps: dict[Path, safe_open]) -> Tensor:
-        """A weight as it is stored, or what its codes stand for."""
-        packing, packed = self._checkpoint.packing, self._checkpoint.packed
-        if packing is None or name not in packed:
-            return maps[self._entries[name].file].get_tensor(name)
-        pieces = {end: maps[self._entries[part].file].get_tensor(part) for end, part in packed[name].items()}
-        value = packing.unpack(pieces, *self._shapes[name])
-        if not bool(value.isfinite().all()):
-            raise ConfigError(
-                f"the scales of {name} are no finite numbers: the checkpoint is damaged, download it again"
-            )
-        return value

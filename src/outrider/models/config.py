@@ -216,6 +216,8 @@ def _family(raw: dict, where: object) -> Family:
     packed = packed_key(raw)
     if packed is not None:
         raise Unsupported(f"the weights are quantized ({packed})")
+    if "qkv_bias" in family.options and not flag(raw, "qkv_bias", where, True):
+        raise Unsupported("qkv_bias is false")
     if "mlp_bias" in family.options and flag(raw, "mlp_bias", where):
         raise Unsupported("mlp_bias is set")
     if not raw.get("is_causal", True) or raw.get("use_bidirectional_attention") or raw.get("is_encoder_decoder"):

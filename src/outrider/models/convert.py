@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from outrider.errors import ConfigError
 from outrider.models.adapter import home_of
 from outrider.models.checkpoint import Checkpoint
 from outrider.models.config import CONFIG, Unsupported, read_raw_config, shapes_of
+from outrider.models.decoder import DecoderConfig
 from outrider.models.gguf.checkpoint import GgufCheckpoint
 from outrider.models.gguf.config import ARCHITECTURES, FACTORS, query_scalar
 from outrider.models.gguf.mixtures import mixture_keys
@@ -73,13 +76,33 @@ def convert(folder: Path, out: Path, kind: str, progress: Callable[[float], None
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         found = _write(checkpoint, beside, keys, named(kind), progress or (lambda _: None))
-        GgufCheckpoint(beside)  # whose checks it must pass before it takes the place of another file
+        _check_same(
+            folder, checkpoint.config, GgufCheckpoint(beside).config
+        )  # before it takes the place of another file
         os.replace(beside, out)
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written ({error.strerror})") from None
     finally:
         beside.unlink(missing_ok=True)
     return found
+
+
+def _check_same(folder: Path, c: DecoderConfig, read: DecoderConfig) -> None:
+    """Raise ConfigError if a file that was read back describes another network than its folder."""
+
+    def same(a: object, b: object) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=0)
+        if isinstance(a, float) and isinstance(b, float):  # a file's numbers have single precision
+            return math.isclose(a, b, rel_tol=1e-6)
+        return a == b
+
+    names = [field.name for field in fields(c) if field.name not in ("family", "max_length")]
+    other = [name for name in names if not same(getattr(c, name), getattr(read, name))]
+    if other:
+        raise ConfigError(
+            f"{folder} would become another model, since GGUF says its {' and '.join(other)} otherwise: it cannot be written"
+        )
 
 
 def _write(
@@ -198,12 +221,16 @@ def _rope(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[st
 def _check_layers(folder: Path, checkpoint: Checkpoint) -> None:
     """Refuse kinds of layers in another order than the one that readers of this architecture take for given."""
     c, family = checkpoint.config, checkpoint.layout.family
-    every = family.pattern
+    every, none = family.pattern, not max(c.window)
     usual = tuple(max(c.window) if not every or i % every else 0 for i in range(1, c.layers + 1))
     turns = tuple(0 if i % 4 else -1 for i in range(1, c.layers + 1)) if "no_rope_layers" in family.options else c.turns
     if c.window != usual or c.turns != turns:
         raise ConfigError(
             f"{folder} has windows or unturned layers in another order than GGUF has a key for here: convert it with llama.cpp"
+        )
+    if every and none and ARCHITECTURES[ARCHITECTURE[c.family]].windowless != "none":
+        raise ConfigError(
+            f"{folder} has no sliding window, and readers of GGUF take one for given in its architecture: it cannot be written"
         )
     scale, share = checkpoint.raw.get("query_pre_attn_scalar", 256), c.hidden // c.heads
     if "query_pre_attn_scalar" in family.options and scale != query_scalar(c.family, c.layers, share, c.head_dim):

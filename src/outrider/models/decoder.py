@@ -29,7 +29,8 @@ class Experts:
 
     The weights of a row's experts are their softmax over all experts, divided by the sum over the used ones if `normalised`.
     sparse[i]: whether layer i has experts, or one feed-forward part of the decoder's `inner` units. limit: 0, or the bound of gates
-    (from above) and ups (on both sides) in gpt-oss's experts, whose units are gate sigmoid(gain gate) (up + 1).
+    (from above) and ups (on both sides) in gpt-oss's experts, whose units are gate sigmoid(gain gate) (up + 1). shared: units of
+    one more SwiGLU, which every row uses with the weight sigmoid(gate row); 0 for none.
     """
 
     count: int
@@ -39,6 +40,7 @@ class Experts:
     sparse: tuple[bool, ...]
     limit: float = 0.0
     gain: float = 1.0
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ class LayerWeights:
     and k_norm have a head's size, or that of all heads of a row, which are then normed together. Of packed weights linears are
     segments, and norms and biases are float32. In a layer with E experts gate_up is [2 E I, H], the gates of all of them and then
     their ups, down is [E H, I], and router is [E, H], of packed weights float32; biases likewise. sinks: a score for each head,
-    which takes weight and adds nothing (gpt-oss).
+    which takes weight and adds nothing (gpt-oss). shared_gate_up [2 S, H] and shared_down [H, S] are of the expert that every row
+    uses; shared_gate, of which its weight is made, is of the router's type.
     """
 
     norm1: Float[Tensor, "H"] | None
@@ -127,6 +130,9 @@ class LayerWeights:
     gate_up_bias: Float[Tensor, "G"] | None = None
     down_bias: Float[Tensor, "O"] | None = None
     sinks: Float[Tensor, "heads"] | None = None
+    shared_gate_up: Float[Tensor, "G H"] | Segments | Later | None = None
+    shared_down: Float[Tensor, "H S"] | Segments | Later | None = None
+    shared_gate: Float[Tensor, "one H"] | None = None
 
 
 def taken(weight: Any) -> Any:
@@ -136,6 +142,8 @@ def taken(weight: Any) -> Any:
 
 NORMS = frozenset({"norm1", "q_norm", "k_norm", "norm2", "post1", "post2"})
 """The norms of a block."""
+ROUTERS = frozenset({"router", "shared_gate"})
+"""What decides how much of an expert a row takes: of packed weights float32, never in blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +184,13 @@ def unpacked(w: DecoderWeights, device: torch.device | str = "cpu") -> DecoderWe
         return weight if weight is None else weight.to(device, weight.dtype if w.wide_norms else w.dtype)
 
     def layer(packed: LayerWeights) -> LayerWeights:
-        parts = {f.name: getattr(packed, f.name) for f in fields(packed) if f.name != "router"}
-        router = None if packed.router is None else packed.router.to(device)  # in its own type: rounded it may choose others
-        values = {name: norm(part) if name in NORMS else plain(part) for name, part in parts.items()}
-        return LayerWeights(**values, router=router)  # type: ignore[arg-type]
+        parts = {f.name: getattr(packed, f.name) for f in fields(packed)}
+        values = {
+            name: norm(part) if name in NORMS else plain(part) for name, part in parts.items() if name not in ROUTERS
+        }
+        # in their own type: rounded they may choose others
+        routers = {name: part if part is None else part.to(device) for name, part in parts.items() if name in ROUTERS}
+        return LayerWeights(**values, **routers)  # type: ignore[arg-type]
 
     embedding = plain(w.embedding)
     head = embedding if w.head is w.embedding else plain(w.head)

@@ -29,7 +29,9 @@ class ExpertUse:
         self._experts, self._sparse = e, sum(e.sparse)
         self._seen: dict[int, tuple[float, float]] = {}  # rows -> forwards, mean of touched experts in a sparse layer
         self._due = EVERY
-        self._cost = VerificationCost(Routing.uniform(e.count, e.used), _sparse_share(config) if share is None else share)
+        self._cost = VerificationCost(
+            Routing.uniform(e.count, e.used), _sparse_share(config) if share is None else share
+        )
 
     @classmethod
     def of(cls, config: DecoderConfig, share: float | None = None) -> ExpertUse | None:
@@ -76,4 +78,5 @@ def _sparse_share(c: DecoderConfig) -> float:
     experts = sparse * 3 * e.used * e.inner * c.hidden
     attention = 2 * (c.heads + c.kv_heads) * c.head_dim * c.hidden
     dense = c.layers * attention + (c.layers - sparse) * 3 * c.inner * c.hidden + sparse * e.count * c.hidden
-    return experts / (experts + dense + c.vocab_size * c.hidden)
+    shared = sparse * 3 * e.shared * c.hidden
+    return experts / (experts + dense + shared + c.vocab_size * c.hidden)

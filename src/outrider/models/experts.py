@@ -7,7 +7,11 @@ tensor each of all gates, ups and downs of a layer. All are read.
 from __future__ import annotations
 
 import reprlib
+from dataclasses import dataclass
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from outrider.config_keys import flag, real, whole
 from outrider.errors import ConfigError
@@ -41,6 +45,7 @@ def read_experts(raw: dict, keys: ExpertKeys, layers: int, inner: int, where: ob
         sparse=sparse,
         limit=real(raw, "swiglu_limit", where, LIMIT, most=1e6) if keys.bounded else 0.0,
         gain=real(raw, "swiglu_alpha", where, GAIN, most=1e6) if keys.bounded else 1.0,
+        shared=0 if keys.shared is None else whole(raw, keys.shared[0], where, default=keys.shared[1], most=1 << 20),
     )
 
 
@@ -62,8 +67,30 @@ FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 STACKED = ("mlp.experts.gate_proj.weight", "mlp.experts.up_proj.weight", "mlp.experts.down_proj.weight")
 
 
+SHARED = {
+    "shared_gate_up": ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
+    "shared_down": ("mlp.shared_expert.down_proj.weight",),
+    "shared_gate": ("mlp.shared_expert_gate.weight",),
+}
+"""The fields of `LayerWeights` of the expert that every row uses -> their tensors."""
+
+
+def _shared_shapes(config: DecoderConfig, held: Held) -> dict[str, tuple[int, ...]]:
+    """Of the expert that every row uses; files of GGUF have its gate as a list of numbers."""
+    units = 0 if config.experts is None else config.experts.shared
+    if not units:
+        return {}
+    (gate, up), (down,), (of_rows,) = SHARED.values()
+    shapes = dict.fromkeys((gate, up), (units, config.hidden)) | {down: (config.hidden, units)}
+    return shapes | {of_rows: (config.hidden,) if held == "stacked" else (1, config.hidden)}
+
+
 def block_shapes(config: DecoderConfig, held: Held) -> dict[str, tuple[int, ...]]:
     """Name within its block, and shape, of every tensor of a layer's experts and router."""
+    return _routed_shapes(config, held) | _shared_shapes(config, held)
+
+
+def _routed_shapes(config: DecoderConfig, held: Held) -> dict[str, tuple[int, ...]]:
     e, keys = config.experts, PLACES[config.family]
     assert e is not None
     router, up, down = (e.count, config.hidden), (e.count, e.inner, config.hidden), (e.count, config.hidden, e.inner)
@@ -103,11 +130,52 @@ def expert_name(config: DecoderConfig, i: int, part: str) -> str:
 def expert_names(config: DecoderConfig, fused: bool) -> dict[str, tuple[str, ...]]:
     """The fields of `LayerWeights` that are made of a sparse layer's tensors -> their names within the block, in order."""
     assert config.experts is not None
-    router = {"router": (router_name(config, "fused" if fused else "each"),)}
+    router = {"router": (router_name(config, "fused" if fused else "each"),)} | (
+        SHARED if config.experts.shared else {}
+    )
     if fused:
         out = router | {"gate_up": FUSED[:1], "down": FUSED[1:]}
-        biases = {f"{field}_bias": (bias_of(names[0]),) for field, names in out.items()}
+        biases = {f"{field}_bias": (bias_of(names[0]),) for field, names in out.items() if field not in SHARED}
         return out | (biases if PLACES[config.family].bounded else {})
     gate, up, down = PLACES[config.family].parts
     of = lambda part: tuple(expert_name(config, i, part) for i in range(config.experts.count))  # type: ignore[union-attr]  # noqa: E731
     return router | {"gate_up": of(gate) + of(up), "down": of(down)}
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How a tensor of all experts of a layer lies in its file, beside its place in `LayerWeights`.
+
+    split: the dimension of the file that is gates and ups, None where there are downs; turns: whether these take turns in it. Gates
+    and ups are a dimension of their own then. dims: the file's dimensions in the order of `LayerWeights`, which has the first
+    `outputs` of them as one.
+    """
+
+    dims: tuple[int, ...]
+    outputs: int
+    split: int | None = None
+    turns: bool = False
+
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """New memory for a tensor of the file's shape: as it is in `LayerWeights`, and the same as it is in the file."""
+        at = self.split
+        if at is not None:
+            both = (shape[at] // 2, 2) if self.turns else (2, shape[at] // 2)
+            shape = (*shape[:at], *both, *shape[at + 1 :])
+        out = torch.empty([shape[i] for i in self.dims], dtype=dtype, device=device)
+        return out.flatten(0, self.outputs - 1), out.permute([self.dims.index(i) for i in range(len(shape))])
+
+
+_ORDERS = {"gate_up": Order((1, 0, 2, 3), 3, 1), "down": Order((0, 1, 2), 2)}
+_TURNED = {
+    "gate_up": Order((3, 0, 2, 1), 3, 2, turns=True), "gate_up_bias": Order((2, 0, 1), 3, 1, turns=True),
+    "down": Order((0, 2, 1), 2), "down_bias": Order((0, 1), 2),
+}  # fmt: skip
+"""gpt-oss's: gates and ups take turns, and inputs come before outputs."""
+
+
+def order_of_experts(field: str, name: str, keys: ExpertKeys | None) -> Order | None:
+    """How the tensor `name` that becomes a field of `LayerWeights` lies in its file; None for one of a single expert or layer."""
+    if keys is None or not name.removesuffix("_bias").endswith(FUSED):
+        return None
+    return (_TURNED if keys.bounded else _ORDERS).get(field)

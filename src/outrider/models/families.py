@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from outrider.config_keys import WINDOWS
-from outrider.models.expert_keys import GPT_OSS, MIXTRAL, OLMOE, QWEN3_MOE, ExpertKeys
+from outrider.models.expert_keys import GPT_OSS, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, ExpertKeys
 
 LLAMA_NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 GEMMA_NORMS = {
@@ -122,6 +122,7 @@ FAMILIES = {
     "qwen3_moe": Family(
         frozenset({"sliding_window", "use_sliding_window", "attention_bias"}), kv_heads=4, qk_norm="head", experts=QWEN3_MOE,
     ),
+    "qwen2_moe": Family(WINDOWS | {"qkv_bias"}, kv_heads=16, qkv_bias=True, experts=QWEN2_MOE),
     "olmoe": Family(
         frozenset({"attention_bias"}), max_length=4096, eps=1e-5, qk_norm="row", experts=OLMOE, clip=True,
     ),

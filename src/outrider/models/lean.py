@@ -303,6 +303,7 @@ def _block(config: DecoderConfig, i: int, w: LayerWeights, dtype: torch.dtype, p
     if c.experts is not None and c.experts.sparse[i]:
         e, router, gate_up, down = c.experts, *(cast(Tensor, m) for m in (w.router, w.gate_up, w.down))
         biases = None if w.router_bias is None else cast(Any, (w.router_bias, w.gate_up_bias, w.down_bias))
+        shared = None if w.shared_gate is None else cast(Any, (w.shared_gate_up, w.shared_down, w.shared_gate))
         return SparseLayer(
             norm1=norm(w.norm1) or nn.Identity(),
             qkv=linear(w.qkv, w.qkv_bias),
@@ -310,7 +311,16 @@ def _block(config: DecoderConfig, i: int, w: LayerWeights, dtype: torch.dtype, p
             o=linear(w.o, w.o_bias),
             norm2=norm(w.norm2) or nn.Identity(),
             experts=expert_mlp(
-                router, gate_up, down, biases, used=e.used, normalised=e.normalised, pack=pack, limit=e.limit, gain=e.gain
+                router,
+                gate_up,
+                down,
+                biases,
+                used=e.used,
+                normalised=e.normalised,
+                pack=pack,
+                limit=e.limit,
+                gain=e.gain,
+                shared=shared,
             ),
             sinks=w.sinks,
         )

@@ -15,7 +15,7 @@ from outrider import options
 from outrider.errors import ConfigError, unknown_name
 from outrider.models.adapter import home_of, is_adapter
 from outrider.models.admit import admit
-from outrider.models.checkpoint import Checkpoint, Progress
+from outrider.models.checkpoint import Checkpoint
 from outrider.models.config import Unsupported, read_raw_config
 from outrider.models.dtypes import choose_dtype, dtype_notices, is_emulated, named_dtype
 from outrider.models.entries import read_entries
@@ -26,6 +26,7 @@ from outrider.models.lean import LeanTarget
 from outrider.models.native.runtime import library_for
 from outrider.models.places import check_numbers
 from outrider.models.quantised import block_type, quantised_target
+from outrider.models.reading import Progress
 from outrider.models.tokenizer import (
     find_tokenizer,
     load_tokenizer,

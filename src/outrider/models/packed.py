@@ -18,6 +18,7 @@ from torch import Tensor
 
 from outrider.config_keys import packed_key
 from outrider.errors import ConfigError
+from outrider.models.entries import Entry
 from outrider.nn.blocks.float8 import scaled_blocks
 from outrider.nn.blocks.values import FP4_VALUES, power
 
@@ -27,21 +28,57 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column of every nibble, lowest first."""
 
 
+_WORDS, _SIGNED, _UNSIGNED, _BYTES, _FLOAT8 = ("I32",), ("I32", "I64"), ("U32",), ("U8",), ("F8_E4M3",)
+_REAL = ("F16", "BF16", "F32", "F64")
+
+
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """name: for messages. shapes: (N, K) -> the tensors of a packed weight by their ends. optional: those that may be absent.
+    """name: for messages. shapes: (N, K) -> the tensors of a packed weight by their ends; a size of 0 where N or K are no whole
+    words or groups. optional: those that may be absent. kinds: safetensors' types of each of them. codes: the one with the codes.
 
-    unpack: (its tensors by end, N, K) -> the weight in float32. kinds: safetensors' types of the tensor that holds the codes.
-    dimensions: of packed weights, 3 where those of experts alone are, in one tensor.
+    unpack: (its tensors by end, N, K) -> the weight in float32. stacked: packed weights are those of experts alone, all of a layer
+    in one tensor [E, N, K], and `unpack` takes some of them at a time.
     """
 
     name: str
     shapes: Shapes
     unpack: Unpack
     codes: str
-    kinds: tuple[str, ...]
+    kinds: Mapping[str, tuple[str, ...]]
     optional: frozenset[str] = frozenset()
-    dimensions: int = 2
+    stacked: bool = False
+
+    def tensors(self, name: str, shape: tuple[int, ...], entries: Mapping[str, Entry]) -> dict[str, str] | None:
+        """The tensors of a weight of that shape by their ends; None if it is not packed so. Raises ConfigError for damaged ones."""
+        base = name.removesuffix("weight")
+        codes = entries.get(base + self.codes)
+        if codes is None or len(shape) != (3 if self.stacked else 2) or codes.stored not in self.kinds[self.codes]:
+            return None
+        found: dict[str, str] = {}
+        for end, expected in self.shapes(*shape).items():
+            entry = entries.get(base + end)
+            if entry is None and end in self.optional:
+                continue
+            wrong = self._wrong(entry, expected, self.kinds[end])
+            if wrong:
+                raise ConfigError(
+                    f"tensor {base + end} {wrong} in {self.name} of a weight of {list(shape)}: the checkpoint is damaged, "
+                    "download it again"
+                )
+            found[end] = base + end
+        return found
+
+    @staticmethod
+    def _wrong(entry: Entry | None, expected: tuple[int, ...], kinds: tuple[str, ...]) -> str:
+        """What contradicts the format, for a message."""
+        if not all(expected):
+            return "cannot have whole words and groups"
+        if entry is None:
+            return "is missing"
+        if entry.shape != expected:
+            return f"has shape {list(entry.shape)} and not {list(expected)}"
+        return "" if entry.stored in kinds else f"is stored as {entry.stored} and not as {' or '.join(kinds)}"
 
 
 def packing_of(raw: Mapping[str, Any]) -> Packing | None:
@@ -72,11 +109,16 @@ def fields(words: Integer[Tensor, "*n w"], bits: int) -> Int[Tensor, "*n codes"]
     return found.flatten(-2)
 
 
+def _whole(size: int, by: int) -> int:
+    """How often `by` goes into `size`; 0 if that is not a whole number."""
+    return size // by if size % by == 0 else 0
+
+
 def _groups(size: Any, inputs: int) -> int:
     """Groups of a row; 0 if they are not whole."""
     if size in (-1, None):
         return 1
-    return inputs // size if isinstance(size, int) and size > 0 and inputs % size == 0 else 0
+    return _whole(inputs, size) if isinstance(size, int) and size > 0 else 0
 
 
 def _gptq(how: Mapping[str, Any]) -> Packing | None:
@@ -87,7 +129,7 @@ def _gptq(how: Mapping[str, Any]) -> Packing | None:
 
     def shapes(n: int, k: int) -> dict[str, tuple[int, ...]]:
         g = _groups(size, k)
-        return {"qweight": (k // each, n), "qzeros": (g, n // each), "scales": (g, n), "g_idx": (k,)}
+        return {"qweight": (_whole(k, each), n), "qzeros": (g, _whole(n, each)), "scales": (g, n), "g_idx": (k,)}
 
     def unpack(t: Mapping[str, Tensor], n: int, k: int) -> Float[Tensor, "N K"]:
         codes = fields(t["qweight"].t().contiguous(), bits)
@@ -96,7 +138,8 @@ def _gptq(how: Mapping[str, Any]) -> Packing | None:
         _check_index(index, t["scales"].shape[0])
         return (codes - zeros.t()[:, index]).float() * t["scales"].float().t()[:, index]
 
-    return Packing(f"GPTQ, {bits} bits", shapes, unpack, "qweight", ("I32",), frozenset({"g_idx"}))
+    kinds = {"qweight": _WORDS, "qzeros": _WORDS, "scales": _REAL, "g_idx": _SIGNED}
+    return Packing(f"GPTQ, {bits} bits", shapes, unpack, "qweight", kinds, frozenset({"g_idx"}))
 
 
 def _check_index(index: Int[Tensor, "K"], groups: int) -> None:
@@ -115,7 +158,7 @@ def _awq(how: Mapping[str, Any]) -> Packing | None:
 
     def shapes(n: int, k: int) -> dict[str, tuple[int, ...]]:
         g = _groups(size, k)
-        return {"qweight": (k, n // 8), "qzeros": (g, n // 8), "scales": (g, n)}
+        return {"qweight": (k, _whole(n, 8)), "qzeros": (g, _whole(n, 8)), "scales": (g, n)}
 
     def columns(words: Tensor) -> Tensor:
         nibbles = fields(words, 4).unflatten(-1, (-1, 8))
@@ -126,7 +169,8 @@ def _awq(how: Mapping[str, Any]) -> Packing | None:
         zeros, scales = (x.repeat_interleave(each, 0) for x in (columns(t["qzeros"]), t["scales"].float()))
         return ((columns(t["qweight"]) - zeros).float() * scales).t()
 
-    return Packing("AWQ, 4 bits", shapes, unpack, "qweight", ("I32",))
+    kinds = {"qweight": _WORDS, "qzeros": _WORDS, "scales": _REAL}
+    return Packing("AWQ, 4 bits", shapes, unpack, "qweight", kinds)
 
 
 def _compressed(how: Mapping[str, Any]) -> Packing | None:
@@ -143,9 +187,9 @@ def _compressed(how: Mapping[str, Any]) -> Packing | None:
         return _packed_fours(weights.get("group_size") if kind[3] == "group" else None, symmetric)
     if not symmetric or kind[3] not in ("channel", "tensor"):
         return None
-    known: dict[tuple[Any, ...], str] = {
-        ("int-quantized", 8, "int"): "I8",
-        ("float-quantized", 8, "float"): "F8_E4M3",
+    known: dict[tuple[Any, ...], tuple[str, ...]] = {
+        ("int-quantized", 8, "int"): ("I8",),
+        ("float-quantized", 8, "float"): _FLOAT8,
     }
     stored = known.get(kind[:3])
     if stored is None:
@@ -157,7 +201,8 @@ def _compressed(how: Mapping[str, Any]) -> Packing | None:
     def unpack(t: Mapping[str, Tensor], n: int, k: int) -> Float[Tensor, "N K"]:
         return t["weight"].float() * t["weight_scale"].float()
 
-    return Packing(f"compressed-tensors, {kind[0]}", shapes, unpack, "weight", (stored,))
+    kinds = {"weight": stored, "weight_scale": _REAL}
+    return Packing(f"compressed-tensors, {kind[0]}", shapes, unpack, "weight", kinds)
 
 
 def _packed_fours(size: Any, symmetric: bool) -> Packing:
@@ -180,9 +225,9 @@ def _packed_fours(size: Any, symmetric: bool) -> Packing:
             zeros = fields(t["weight_zero_point"].t().contiguous(), 4)[:, :n].t()
         return (codes - zeros.repeat_interleave(each, 1)).float() * scales.repeat_interleave(each, 1)
 
-    return Packing(
-        "compressed-tensors, pack-quantized", shapes, unpack, "weight_packed", ("I32",), frozenset({"weight_shape"})
-    )
+    kinds = {"weight_packed": _WORDS, "weight_scale": _REAL, "weight_shape": _SIGNED, "weight_zero_point": _WORDS}
+    name = "compressed-tensors, pack-quantized"
+    return Packing(name, shapes, unpack, "weight_packed", kinds, frozenset({"weight_shape"}))
 
 
 def _fp8(how: Mapping[str, Any]) -> Packing | None:
@@ -197,22 +242,24 @@ def _fp8(how: Mapping[str, Any]) -> Packing | None:
     def unpack(t: Mapping[str, Tensor], n: int, k: int) -> Float[Tensor, "N K"]:
         return scaled_blocks(t["weight"], t["weight_scale_inv"], down, across)
 
-    return Packing("fp8", shapes, unpack, "weight", ("F8_E4M3",))
+    return Packing("fp8", shapes, unpack, "weight", {"weight": _FLOAT8, "weight_scale_inv": (*_REAL, "F8_E8M0")})
 
 
 def _mxfp4() -> Packing:
     """gpt-oss's experts: neighbours in a byte, the first one low; a power of two for every 32 inputs, 127 stands for 1."""
 
     def shapes(e: int, k: int, n: int) -> dict[str, tuple[int, ...]]:
-        return {"_blocks": (e, n, k // 32, 16), "_scales": (e, n, k // 32)}
+        return {"_blocks": (e, n, _whole(k, 32), 16), "_scales": (e, n, _whole(k, 32))}
 
     def unpack(t: Mapping[str, Tensor], e: int, k: int, n: int) -> Float[Tensor, "E K N"]:
         codes = torch.stack([t["_blocks"] & 15, t["_blocks"] >> 4], -1).flatten(-2)
         halves = torch.tensor(FP4_VALUES, dtype=torch.float32)[codes.int()]
-        scale = power(t["_scales"].reshape(-1, 1)).masked_fill_(t["_scales"].reshape(-1, 1) == 255, torch.nan)  # no number
-        return (halves * scale.view(e, n, -1, 1)).view(e, n, k).mT
+        scale = power(t["_scales"].reshape(-1, 1)).masked_fill_(
+            t["_scales"].reshape(-1, 1) == 255, torch.nan
+        )  # no number
+        return halves.mul_(scale.view(e, n, -1, 1)).view(e, n, k).mT
 
-    return Packing("MXFP4", shapes, unpack, "_blocks", ("U8",), dimensions=3)
+    return Packing("MXFP4", shapes, unpack, "_blocks", {"_blocks": _BYTES, "_scales": _BYTES}, stacked=True)
 
 
 def _mlx(how: Mapping[str, Any]) -> Packing | None:
@@ -223,10 +270,12 @@ def _mlx(how: Mapping[str, Any]) -> Packing | None:
 
     def shapes(n: int, k: int) -> dict[str, tuple[int, ...]]:
         g = _groups(size, k)
-        return {"weight": (n, k * bits // 32), "scales": (n, g), "biases": (n, g)}
+        return {"weight": (n, _whole(k * bits, 32)), "scales": (n, g), "biases": (n, g)}
 
     def unpack(t: Mapping[str, Tensor], n: int, k: int) -> Float[Tensor, "N K"]:
         scales, biases = (t[name].float().repeat_interleave(size, 1) for name in ("scales", "biases"))
         return scales * fields(t["weight"], bits).float() + biases
 
-    return Packing(f"MLX, {bits} bits", shapes, unpack, "weight", ("U32",))
+    return Packing(
+        f"MLX, {bits} bits", shapes, unpack, "weight", {"weight": _UNSIGNED, "scales": _REAL, "biases": _REAL}
+    )

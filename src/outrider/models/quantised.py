@@ -17,7 +17,7 @@ from torch import Tensor
 
 from outrider.errors import ConfigError, unknown_name
 from outrider.models.convert import type_for
-from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights, Segments
+from outrider.models.decoder import ROUTERS, DecoderConfig, DecoderWeights, LayerWeights, Segments
 from outrider.models.gguf.names import EMBEDDING, HEAD
 from outrider.models.lean import LeanTarget
 from outrider.models.native import load_native
@@ -30,6 +30,8 @@ SIZES = (1, 4)
 """Rows of a forward: a draft model's step, and its catching up with what was accepted."""
 CHUNK = 64
 """Rows of a forward when distances are measured."""
+BLOCKS = ("qkv", "o", "gate_up", "down", "shared_gate_up", "shared_down")
+"""Linears of a layer that are rounded."""
 QUANTIZE = {name: name for name in ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "int8")} | {
     "int4": "q4_1"
 }
@@ -49,8 +51,8 @@ def quantised(w: DecoderWeights, name: str) -> DecoderWeights:
 
     def layers() -> Iterator[LayerWeights]:
         for layer in w.layers:
-            blocks = {name: linear(getattr(layer, name)) for name in ("qkv", "o", "gate_up", "down")}
-            yield replace(layer, **blocks, router=None if layer.router is None else layer.router.float())
+            parts = {name: getattr(layer, name) for name in (*BLOCKS, *ROUTERS) if getattr(layer, name) is not None}
+            yield replace(layer, **{n: part.float() if n in ROUTERS else linear(part) for n, part in parts.items()})
 
     embedding = linear(w.embedding, EMBEDDING)
     head = embedding if w.head is w.embedding else linear(w.head, HEAD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from outrider.models.checkpoint import Checkpoint
@@ -22,20 +23,20 @@ def parts_of(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
     elif rest != weight:
         other = router_name(c, "fused") if weight == ROUTER else FUSED[weight == STACKED[2]]
         found = checkpoint.tensor(block + bias_of(other))
-        yield found if weight == ROUTER else _split(found, weight, True)
+        yield found if weight == ROUTER else torch.stack([_split(one, weight, True) for one in found])
     elif rest == ROUTER:
         yield checkpoint.tensor(block + router_name(c, "fused" if checkpoint.fused else "each"))
     elif checkpoint.fused:
-        whole = checkpoint.tensor(block + FUSED[rest == STACKED[2]])
-        yield from _split(whole.mT if PLACES[c.family].bounded else whole, rest, PLACES[c.family].bounded)
+        for one in checkpoint.parts(block + FUSED[rest == STACKED[2]]):
+            yield _split(one.mT if PLACES[c.family].bounded else one, rest, PLACES[c.family].bounded)
     else:
         part = PLACES[c.family].parts[STACKED.index(rest)]
         yield from (checkpoint.tensor(block + expert_name(c, i, part)) for i in range(c.experts.count))
 
 
-def _split(whole: Tensor, part: str, turns: bool) -> Tensor:
-    """The gates or ups of a tensor [E, both, ...], or all of one of downs. turns: gates and ups take turns."""
+def _split(one: Tensor, part: str, turns: bool) -> Tensor:
+    """The gates or ups of an expert's tensor [both, ...], or all of one of downs. turns: gates and ups take turns."""
     if part == STACKED[2]:
-        return whole
+        return one
     first = STACKED.index(part)
-    return whole[:, first::2] if turns else whole.unflatten(1, (2, -1))[:, first]
+    return one[first::2] if turns else one.chunk(2)[first]

@@ -56,14 +56,18 @@ def expert_mlp(
     pack: bool,
     limit: float = 0.0,
     gain: float = 1.0,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """The mixture [n, H] -> [n, H] with weights as in `models.decoder.LayerWeights`; pack: as in `nn.linear.make_linear`. The
-    router is multiplied in its own type. biases: of router, gates and ups, downs. limit, gain: see `models.decoder.Experts`."""
+    router is multiplied in its own type. biases: of router, gates and ups, downs. limit, gain: see `models.decoder.Experts`.
+    shared: gates and ups, downs, and the weight's gate of an expert that every row uses."""
     count = router.shape[0]
     gates, downs = gate_up.unflatten(0, (2, count, -1)), down.unflatten(0, (count, -1))
     parts: list[tuple[Tensor, Tensor | None]] = [(w, None) for w in (*gates, downs)]
     if biases is not None:
-        parts = list(zip((*gates, downs), (*biases[1].unflatten(0, (2, count, -1)), biases[2].view(count, -1)), strict=True))
+        parts = list(
+            zip((*gates, downs), (*biases[1].unflatten(0, (2, count, -1)), biases[2].view(count, -1)), strict=True)
+        )
 
     def expert(i: int) -> Expert:
         gate, up, down = (make_linear(w[i], None if b is None else b[i], pack=pack) for w, b in parts)
@@ -72,10 +76,21 @@ def expert_mlp(
     experts = [expert(i) for i in range(count)]
     route = make_linear(router, None if biases is None else biases[0].to(router.dtype), pack=False)
 
+    every = None if shared is None else _shared(*shared, pack=pack)
+
     def mixture(x: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
-        return _mixed(x, experts, *choose(route(x.to(router.dtype)), used, normalised))
+        out = _mixed(x, experts, *choose(route(x.to(router.dtype)), used, normalised))
+        return (out if every is None else out + every(x)).to(x.dtype)
 
     return mixture
+
+
+def _shared(gate_up: Tensor, down: Tensor, gate: Tensor, *, pack: bool) -> Callable[[Tensor], Tensor]:
+    """sigmoid(gate x) times a SwiGLU that every row uses, in float32 at least (Qwen2-MoE)."""
+    expert = Expert(*(make_linear(w, None, pack=pack) for w in (*gate_up.chunk(2), down)))
+    weigh = make_linear(gate, None, pack=False)
+    wide = lambda x: x if x.dtype is torch.float64 else x.float()  # noqa: E731
+    return lambda x: torch.sigmoid(wide(weigh(x.to(gate.dtype)))) * expert(x)
 
 
 def _mixed(
@@ -85,7 +100,7 @@ def _mixed(
     for i in chosen.unique().tolist():  # ascending: a row's sum has one order
         row, place = (chosen == i).nonzero(as_tuple=True)
         out[row] += experts[i](x[row]) * weight[row, place, None]
-    return out.to(x.dtype)
+    return out
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,9 @@ from outrider.control.fixed import Fixed
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
 from outrider.errors import CapacityError
-from outrider.models.checkpoint import Progress
 from outrider.models.lean import LeanTarget
 from outrider.models.load import first_blocks
+from outrider.models.reading import Progress
 from outrider.params import SamplingParams
 from outrider.theory.speedup import tokens_per_call
 from outrider.types import Draft, Rows

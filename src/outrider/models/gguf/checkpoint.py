@@ -126,7 +126,18 @@ class GgufCheckpoint:
             "down": lambda: (self.weights.segment(f"{at}ffn_down{end}.weight"),),
             "router": self.weights.numbers(f"{at}ffn_gate_inp.weight") if sparse else None,
         }
-        keys = self.layout.family.experts
+        keys, shared = (
+            self.layout.family.experts,
+            sparse and self.config.experts is not None and self.config.experts.shared,
+        )
+        if shared:
+            out |= {
+                "shared_gate_up": lambda: tuple(
+                    self.weights.segment(f"{at}ffn_{p}_shexp.weight") for p in ("gate", "up")
+                ),
+                "shared_down": lambda: (self.weights.segment(f"{at}ffn_down_shexp.weight"),),
+                "shared_gate": self.weights.numbers(f"{at}ffn_gate_inp_shexp.weight")[None],
+            }
         if sparse and keys is not None and keys.bounded:
             bias = lambda part: self.weights.numbers(f"{at}ffn_{part}.bias").flatten()  # noqa: E731
             out |= {"router_bias": bias("gate_inp"), "down_bias": bias("down_exps")}

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from outrider.errors import ConfigError
+from outrider.models.config import MOST_LAYERS
 from outrider.models.families import FAMILIES, Family
 from outrider.models.gguf.keys import Keys
 from outrider.models.gguf.mixtures import MIXTURES, is_mixture, mixture_of
@@ -22,7 +23,8 @@ class Architecture:
     """How files of an architecture are read. family: model type in Hugging Face's spelling. named: its class there.
 
     interleaved: rows of queries and keys are stored as interleaved pairs. keys: what its files say beside `_PLAIN`. mixed: family
-    and class of its files that have experts.
+    and class of its files that have experts. windowless: what a file means that names no window, where layers of the family have
+    one: "default" its usual window, "none" that no layer has one, "refused" nothing.
     """
 
     family: str
@@ -30,6 +32,7 @@ class Architecture:
     interleaved: bool = False
     keys: frozenset[str] = frozenset()
     mixed: tuple[str, str] | None = None
+    windowless: Literal["default", "none", "refused"] = "default"
 
 
 PATTERN = "attention.sliding_window_pattern"
@@ -38,12 +41,13 @@ ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True, mixed=("mixtral", "MixtralForCausalLM")),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "qwen2moe": Architecture("qwen2_moe", "Qwen2MoeForCausalLM"),
     "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM"),
     "olmoe": Architecture("olmoe", "OlmoeForCausalLM"),
-    "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM", keys=frozenset({PATTERN})),
+    "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM", keys=frozenset({PATTERN}), windowless="refused"),
     "gemma": Architecture("gemma", "GemmaForCausalLM"),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", keys=_CAPS | {"attn_logit_softcapping"}),
-    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", keys=_CAPS | {"rope.freq_base_swa"}),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", keys=_CAPS | {"rope.freq_base_swa"}, windowless="none"),
     "phi3": Architecture("phi3", "Phi3ForCausalLM"),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM"),
     "granite": Architecture(
@@ -116,7 +120,7 @@ def config_of(weights: Weights) -> dict[str, Any]:
         "architectures": [kind.named],
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "num_hidden_layers": keys.whole("block_count"),
+        "num_hidden_layers": keys.whole("block_count", most=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.same("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -131,8 +135,7 @@ def config_of(weights: Weights) -> dict[str, Any]:
     }
     if family.experts is not None:
         out |= mixture_of(keys, family.experts, out["intermediate_size"])
-    if keys.given("attention.sliding_window"):
-        out |= _window(keys, kind)
+    out |= _window(keys, kind, out["num_hidden_layers"])
     out |= _factors(keys, kind, hidden // heads, head_dim, out["num_hidden_layers"])
     ends = [weights.value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     return out | {"eos_token_id": [i for i in ends if isinstance(i, int)]}
@@ -145,11 +148,20 @@ def _stored(weights: Weights) -> str:
     return names.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
-def _window(keys: Keys, kind: Architecture) -> dict[str, Any]:
-    width = keys.whole("attention.sliding_window", least=0)
+def _window(keys: Keys, kind: Architecture, layers: int) -> dict[str, Any]:
+    """llama.cpp's reading of the windows of a file, see `Architecture.windowless`."""
+    if not keys.given("attention.sliding_window") and kind.windowless != "none":
+        if kind.windowless == "refused":
+            raise ConfigError(f"{keys.path} lacks {keys.name('attention.sliding_window')}: download it again")
+        return {}
+    width = keys.whole("attention.sliding_window", 0, least=0)
     every = FAMILIES[kind.family].pattern
+    if not width and kind.windowless == "none":
+        return {"sliding_window": None, "layer_types": ["full_attention"] * layers}
     if keys.values.get(keys.name(PATTERN), every) != every:
-        raise ConfigError(f"{keys.path} has windows in another order of layers than its architecture's: use another model")
+        raise ConfigError(
+            f"{keys.path} has windows in another order of layers than its architecture's: use another model"
+        )
     if not width and not every:
         return {}
     if "sliding_window" in FAMILIES[kind.family].options:
@@ -207,7 +219,8 @@ def _rope_scaling(keys: Keys, family: Family) -> dict[str, Any] | None:
     kind = keys.values.get(keys.name("rope.scaling.type"), "none")
     if kind == "none":
         old = keys.real("rope.scale_linear", 1.0)
-        return None if old == 1.0 else {"rope_type": "linear", "factor": old}
+        plain = {"rope_type": "default"} if family.scaled else None  # said, where there is no default
+        return plain if old == 1.0 else {"rope_type": "linear", "factor": old}
     if kind == "linear":
         return {"rope_type": "linear", "factor": keys.real("rope.scaling.factor", most=1e6)}
     if kind != "yarn":

@@ -11,15 +11,20 @@ from typing import Any
 from outrider.config_keys import flag
 from outrider.errors import ConfigError
 from outrider.models.decoder import DecoderConfig
-from outrider.models.expert_keys import GAIN, LIMIT, OLMOE, PLACES, QWEN3_MOE, ExpertKeys
+from outrider.models.expert_keys import GAIN, LIMIT, OLMOE, PLACES, QWEN2_MOE, QWEN3_MOE, ExpertKeys
 from outrider.models.experts import MOST
 from outrider.models.gguf.keys import Keys
 
+UNDIVIDED = (OLMOE, QWEN2_MOE)
+"""Whose weights of experts are not divided by their sum."""
+DIVIDED_UNITS = (QWEN2_MOE, QWEN3_MOE)
+"""Whose experts together are as wide as a dense layer where a file does not say how wide one is."""
 _NONE, _SOFTMAX, _SOFTMAX_OF_USED = 0, 1, 3
 """ggml's numbers of the function that makes weights of a router's logits."""
 MIXTURES = frozenset({
     "expert_count", "expert_used_count", "expert_feed_forward_length", "expert_gating_func", "expert_weights_norm",
     "expert_weights_scale", "expert_shared_count", "expert_group_count", "expert_group_used_count",
+    "expert_shared_feed_forward_length",
 })  # fmt: skip
 """Keys of every architecture, dense ones too: there they are 0."""
 
@@ -37,13 +42,15 @@ def mixture_of(keys: Keys, family: ExpertKeys, inner: int) -> dict[str, Any]:
             f"{keys.path}: {keys.name('expert_used_count')} ({used}) exceeds {keys.name('expert_count')} ({count}): the file is "
             "damaged, download it again"
         )
-    normalised = family is not OLMOE
-    _check(keys, normalised, family.bounded)
+    normalised = family not in UNDIVIDED
+    _check(keys, normalised, family)
     units = keys.whole(
-        "expert_feed_forward_length", max(inner // used, 1) if family is QWEN3_MOE else inner, most=1 << 20
+        "expert_feed_forward_length", max(inner // used, 1) if family in DIVIDED_UNITS else inner, most=1 << 20
     )
     out: dict[str, Any] = {"num_experts": count, "num_experts_per_tok": used}
     out |= {"intermediate_size": units} if family.inner is None else {family.inner[0]: units}
+    if family.shared is not None:
+        out[family.shared[0]] = keys.whole("expert_shared_feed_forward_length", inner, most=1 << 20)
     return out | ({"norm_topk_prob": normalised} if family.normalised is None else {})
 
 
@@ -52,7 +59,7 @@ def mixture_keys(c: DecoderConfig, where: object) -> dict[str, int]:
     e = c.experts
     if e is None:
         return {}
-    normalised, bounds = PLACES[c.family] is not OLMOE, (LIMIT, GAIN) if PLACES[c.family].bounded else (0.0, 1.0)
+    normalised, bounds = PLACES[c.family] not in UNDIVIDED, (LIMIT, GAIN) if PLACES[c.family].bounded else (0.0, 1.0)
     cases = {
         f"weights of experts that are{' not' * normalised} divided by their sum": e.normalised is not normalised,
         "layers without experts": not all(e.sparse),
@@ -64,20 +71,24 @@ def mixture_keys(c: DecoderConfig, where: object) -> dict[str, int]:
         raise ConfigError(
             f"{where} has {wrong[0]}, for which GGUF has no key in its architecture: it cannot be written"
         )
-    return {"expert_count": e.count, "expert_used_count": e.used} | (
-        {"expert_feed_forward_length": e.inner} if PLACES[c.family].inner or PLACES[c.family].bounded else {}
-    )
+    out = {"expert_count": e.count, "expert_used_count": e.used}
+    out |= {"expert_feed_forward_length": e.inner} if PLACES[c.family].inner or PLACES[c.family].bounded else {}
+    return out | ({"expert_shared_feed_forward_length": e.shared} if e.shared else {})
 
 
-def _check(keys: Keys, normalised: bool, bounded: bool) -> None:
+def _check(keys: Keys, normalised: bool, family: ExpertKeys) -> None:
     """Refuse values that would mean another mixture than the architecture's own."""
+    bounded = family.bounded
     gating = keys.whole("expert_gating_func", _NONE, least=0)
     scale = keys.real("expert_weights_scale", 1.0, least=0.0)
     parts = {
         key: keys.whole(key, 0, least=0)
         for key in ("expert_shared_count", "expert_group_count", "expert_group_used_count")
     }
-    wrong = [key for key, value in parts.items() if value > (key != "expert_shared_count")]
+    most = {"expert_shared_count": int(family.shared is not None)}
+    wrong = [key for key, value in parts.items() if value > most.get(key, 1)]
+    if family.shared is None and keys.whole("expert_shared_feed_forward_length", 0, least=0):
+        wrong.append("expert_shared_feed_forward_length")
     wrong += ["expert_gating_func"] if gating not in (_NONE, _SOFTMAX_OF_USED if bounded else _SOFTMAX) else []
     wrong += ["expert_weights_scale"] if scale not in (0.0, 1.0) else []  # 0: not scaled
     norm = flag(keys.values, keys.name("expert_weights_norm"), keys.path, normalised)

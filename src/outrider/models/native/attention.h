@@ -58,7 +58,7 @@ struct Sums {
     }
 
     // out[c] += the softmax weight that some queries, `step` floats apart, give to the chunks of a part. more: their sums of the part;
-    // mass: of it, see Attention::part; all: their sums of all parts.
+    // mass: of it, see Attention::part; all: their sums of all parts, finished.
     static void add_weights(
         const float* more, const float* mass, const float* all, int64_t queries, int64_t step, float scale, float* out
     ) {
@@ -69,13 +69,13 @@ struct Sums {
         }
     }
 
-    // sink: a score that takes weight and adds nothing; null: none.
+    // The mean from the sums. sink: a score that takes weight and adds nothing, which then is in the largest score and the sum; null: none.
     static void finish(float* sums, int64_t width, const float* sink, float scale) {
         float a = 1.0f;
         if (sink) {
             const float top = sums[0] * scale, high = *sink > top ? *sink : top;
             a = exp_near(vf{} + (top - high))[0];
-            sums[1] = sums[1] * a + exp_near(vf{} + (*sink - high))[0];
+            sums[0] = high / scale, sums[1] = sums[1] * a + exp_near(vf{} + (*sink - high))[0];
         }
         for (int64_t d = HEAD; d < HEAD + width; ++d) sums[d] = sums[d] * a / sums[1];
     }

@@ -30,7 +30,8 @@ class Decoder {
         int down_stores = 0;
         for (int64_t i = 0; i < m.layers; ++i) {
             const LayerPointers& layer = m.layer[i];
-            normed_stores_ |= layer.qkv->stores() | layer.gate_up->stores() | (layer.router ? layer.router->stores() : 0);
+            normed_stores_ |= layer.qkv->stores() | layer.gate_up->stores();
+            for (const Linear* more : {layer.router, layer.shared_gate_up, layer.shared_gate}) normed_stores_ |= more ? more->stores() : 0;
             mixed_stores_ |= layer.o->stores(), down_stores |= layer.down->stores();
             inner_stores_ |= layer.router ? 0 : layer.down->stores();
             posts_ = posts_ || layer.post1 || layer.post2;
@@ -255,11 +256,11 @@ class Decoder {
         for (int64_t part = 1; part < task.parts; ++part)
             for (int64_t at = 0; at < size; at += sums_size_)
                 Sums::fold(sums + at, kept(head, task, part) + at, m_.head_dim, score_scale());
-        if (task.mass) tell(head, task, sums);
         finish(layer, head, task, sums);
+        if (task.mass) tell(head, task, sums);
     }
 
-    // Adds the softmax weights of a task's queries to the call's `mass`: one task of a segment and KV head does.
+    // Adds the softmax weights of a task's queries to the call's `mass`: one task of a segment and KV head does. sums: finished.
     void tell(int64_t head, const Task& task, const float* sums) {
         float* out = c_.mass + (head * c_.segments + task.segment) * c_.chunks;
         for (int64_t part = 0; part < task.parts; ++part)

@@ -38,9 +38,12 @@ class Mixture {
    public:
     // Keeps the pointers of the layers. block: outputs of a linear that a thread takes at a time.
     void build(const ModelPointers& m, int64_t block) {
-        m_ = m, block_ = block, in_stores_ = inner_stores_ = 0;
-        for (int64_t i = 0; i < m.layers; ++i)
-            if (m.layer[i].router) in_stores_ |= m.layer[i].gate_up->stores(), inner_stores_ |= m.layer[i].down->stores();
+        m_ = m, block_ = block, in_stores_ = inner_stores_ = shared_stores_ = 0;
+        for (int64_t i = 0; i < m.layers; ++i) {
+            if (!m.layer[i].router) continue;
+            in_stores_ |= m.layer[i].gate_up->stores(), inner_stores_ |= m.layer[i].down->stores();
+            if (m.shared) shared_stores_ |= m.layer[i].shared_down->stores();
+        }
     }
 
     // Before a forward: room for its rows. False when there is no memory. touched: [layers] what is told of them, or null.
@@ -49,6 +52,7 @@ class Mixture {
         if (m_.experts == 0) return true;
         return logits_.reserve(rows * m_.experts) && chosen_.reserve(pairs_) && share_.reserve(pairs_) && count_.reserve(m_.layers) &&
                expert_.reserve(m_.experts) && next_.reserve(m_.experts) && first_.reserve(m_.experts + 1) && row_.reserve(pairs_) && weight_.reserve(pairs_) &&
+               (!m_.shared || (common_.reserve(rows) && shared_.reserve(rows, m_.shared, shared_stores_))) &&
                (rows == 1 || gathered_.reserve(pairs_, m_.hidden, in_stores_)) && inner_.reserve(pairs_, m_.expert_inner, inner_stores_);
     }
 
@@ -59,15 +63,24 @@ class Mixture {
             const int64_t from = u * block_;
             layer.router->product(from, size(from, m_.experts), in, 0, rows_, logits_ + from, m_.experts);
         });
-        phase(rows_, [&](int64_t i) { add_bias(logits_ + i * m_.experts, layer.router_bias, m_.experts), choose(i); });
+        phase(rows_, [&](int64_t i) {
+            add_bias(logits_ + i * m_.experts, layer.router_bias, m_.experts), choose(i);
+            if (m_.shared) weigh(layer, in, i);
+        });
         phase(1, [&](int64_t) { group(l); });
         if (rows_ > 1) phase(pairs_, [&](int64_t p) { gather(p, in); });
         const Input& rows = rows_ > 1 ? gathered_ : in;
         // The number of units is kept for each layer: a thread that comes late reads it when others have gone on.
         const int64_t width = blocks(m_.expert_inner);
-        phase(count_[l] * width, [&](int64_t u) { activate(layer, u / width, u % width, rows, tile); });
+        const int64_t routed = count_[l] * width, units = routed + (m_.shared ? blocks(m_.shared) : 0);
+        phase(units, [&](int64_t u) {
+            if (u < routed) activate(layer, u / width, u % width, rows, tile);
+            else activate_shared(layer, u - routed, in, tile);
+        });
         if (inner_.rounds())
             phase(pairs_ * inner_.parts(), [&](int64_t u) { inner_.round(u / inner_.parts(), u % inner_.parts()); });
+        if (m_.shared && shared_.rounds())
+            phase(rows_ * shared_.parts(), [&](int64_t u) { shared_.round(u / shared_.parts(), u % shared_.parts()); });
         phase(blocks(m_.hidden), [&](int64_t u) { add(layer, u, count_[l], x, stride, tile); });
     }
 
@@ -136,7 +149,26 @@ class Mixture {
         }
     }
 
-    // x += weight * (down @ inner + bias) of every touched expert in turn, block u of outputs.
+    // The weight of the expert that every row uses, of row i.
+    void weigh(const LayerPointers& layer, const Input& in, int64_t i) {
+        float gate = 0.0f;
+        layer.shared_gate->product(0, 1, in, i, 1, &gate, 1);
+        common_[i] = 1.0f / (1.0f + std::exp(-gate));
+    }
+
+    // Units of the expert that every row uses, block u of them.
+    void activate_shared(const LayerPointers& layer, int64_t u, const Input& in, float* gate) {
+        const int64_t from = u * block_, n = size(from, m_.shared);
+        float* up = gate + rows_ * block_;
+        layer.shared_gate_up->product(from, n, in, 0, rows_, gate, block_);
+        layer.shared_gate_up->product(m_.shared + from, n, in, 0, rows_, up, block_);
+        for (int64_t i = 0; i < rows_; ++i) {
+            swish(gate + i * block_, up + i * block_, n);
+            shared_.put(i, from, gate + i * block_, n);
+        }
+    }
+
+    // x += weight * (down @ inner + bias) of every touched expert in turn, then of the one that every row uses, block u of outputs.
     void add(const LayerPointers& layer, int64_t u, int64_t touched, float* x, int64_t stride, float* tile) {
         const int64_t from = u * block_, n = size(from, m_.hidden);
         for (int64_t t = 0; t < touched; ++t) {
@@ -148,16 +180,21 @@ class Mixture {
                 for (int64_t j = 0; j < n; ++j) to[j] += weight_[first + i] * tile[i * block_ + j];
             }
         }
+        if (!m_.shared) return;
+        layer.shared_down->product(from, n, shared_, 0, rows_, tile, block_);
+        for (int64_t i = 0; i < rows_; ++i)
+            for (int64_t j = 0; j < n; ++j) x[i * stride + from + j] += common_[i] * tile[i * block_ + j];
     }
 
     ModelPointers m_;
     int64_t block_ = 0, rows_ = 0, pairs_ = 0;
-    int in_stores_ = 0, inner_stores_ = 0;
+    int in_stores_ = 0, inner_stores_ = 0, shared_stores_ = 0;
     int64_t* told_ = nullptr;
     Buffer<float> logits_, share_, weight_;  // [rows, experts], [rows, used], [pairs]
     Buffer<int32_t> chosen_, expert_, row_, next_;  // [rows, used], [touched], [pairs], [experts] while pairs are sorted
     Buffer<int64_t> first_, count_;          // [touched + 1] pairs before an expert's, [layers] touched experts
-    Input gathered_, inner_;
+    Buffer<float> common_;  // [rows] weights of the expert that every row uses
+    Input gathered_, inner_, shared_;
 };
 
 }  // namespace outrider

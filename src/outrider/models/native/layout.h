@@ -12,6 +12,7 @@ struct LayerPointers {
     const float *norm1, *qkv_bias, *q_norm, *k_norm, *o_bias, *norm2, *post1, *post2;  // null where there is none
     const float *sinks, *router_bias, *gate_up_bias, *down_bias;  // the same
     const Linear *qkv, *o, *gate_up, *down, *router;  // router: null for a dense layer
+    const Linear *shared_gate_up, *shared_down, *shared_gate;  // of the expert that every row uses; null where there is none
     int64_t window;    // 0: none
     int64_t turn;      // whose frequencies turn its heads: 0, 1, or -1: nobody's
     int64_t row_norm;  // 1: q_norm and k_norm are of all heads of a row together
@@ -29,6 +30,7 @@ struct ModelPointers {
     const LayerPointers* layer;
     double clip;  // bound of queries, keys and values, 0: none
     int64_t experts, experts_used, expert_inner, normalised;  // 0: no layer has experts
+    int64_t shared;  // units of the expert that every row uses, 0: there is none
     int64_t cache;  // a Stored: of keys and values
     double limit, gain;  // of experts: bound of gates and ups, 0: plain SwiGLUs; see Experts in decoder.py
 };

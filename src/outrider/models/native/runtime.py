@@ -64,7 +64,10 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("inv_freq", "norm", "embedding", "head")),
         ("layer", ctypes.POINTER(_Layer)),
         ("clip", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("experts", "experts_used", "expert_inner", "normalised", "cache")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("experts", "experts_used", "expert_inner", "normalised", "shared", "cache")
+        ),
         *((name, ctypes.c_double) for name in ("limit", "gain")),
     ]
 

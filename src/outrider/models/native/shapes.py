@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.models.decoder import NORMS, DecoderConfig, DecoderWeights, Experts
+from outrider.models.decoder import NORMS, ROUTERS, DecoderConfig, DecoderWeights, Experts
 
 ODD = "save the checkpoint again with tensors of its configuration's shapes and of one type"
 
@@ -20,7 +20,9 @@ def unlike(config: DecoderConfig, weights: DecoderWeights) -> str | None:
         if tensor.shape != shape:
             return f"{name} has shape {tuple(tensor.shape)}, not {shape}; {ODD}"
         wide = weights.wide_norms and name.split()[0] in (*NORMS, "norm")
-        dtype = torch.float32 if wide or (name.startswith("router") and tensor.dtype is torch.float32) else weights.dtype
+        dtype = (
+            torch.float32 if wide or (name.split()[0] in ROUTERS and tensor.dtype is torch.float32) else weights.dtype
+        )
         if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return f"{name} is not a contiguous CPU tensor of the embedding's type; {ODD}"
     return None
@@ -46,8 +48,13 @@ def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str,
         "down": (c.hidden, c.inner),
         "sinks": (c.heads,),
     }
-    count, _, inner, _ = sizes_of(c.experts)
+    count, _, inner, _, shared = sizes_of(c.experts)
     sparse = {"router": (count, c.hidden), "gate_up": (2 * count * inner, c.hidden), "down": (count * c.hidden, inner)}
+    sparse |= {
+        "shared_gate_up": (2 * shared, c.hidden),
+        "shared_down": (c.hidden, shared),
+        "shared_gate": (1, c.hidden),
+    }
     sparse |= {"router_bias": (count,), "gate_up_bias": (2 * count * inner,), "down_bias": (count * c.hidden,)}
     out: list[tuple[str, Any, tuple[int, ...]]] = [
         ("embedding", weights.embedding, (c.vocab_size, c.hidden)),
@@ -61,6 +68,7 @@ def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str,
     return out
 
 
-def sizes_of(experts: Experts | None) -> tuple[int, int, int, int]:
-    """Experts, those that a row uses, units of one, whether weights are normalised."""
-    return (0, 0, 0, 0) if experts is None else (experts.count, experts.used, experts.inner, int(experts.normalised))
+def sizes_of(experts: Experts | None) -> tuple[int, int, int, int, int]:
+    """Experts, those that a row uses, units of one, whether weights are normalised, units of the one that every row uses."""
+    e = experts
+    return (0, 0, 0, 0, 0) if e is None else (e.count, e.used, e.inner, int(e.normalised), e.shared)

@@ -13,8 +13,8 @@ from torch import Tensor
 from outrider.models.decoder import DecoderWeights, LayerWeights, taken
 from outrider.nn.products import NativeLinear
 
-LINEARS = ("qkv", "o", "gate_up", "down", "router")
-"""A router is None in a dense layer."""
+LINEARS = ("qkv", "o", "gate_up", "down", "router", "shared_gate_up", "shared_down", "shared_gate")
+"""A router, and what belongs to an expert that every row uses, is None where there is none."""
 VECTORS = (
     "norm1", "qkv_bias", "q_norm", "k_norm", "o_bias", "norm2", "post1", "post2", "sinks", "router_bias",
     "gate_up_bias", "down_bias",
