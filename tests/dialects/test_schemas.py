@@ -61,7 +61,7 @@ def test_a_name_that_is_a_word_of_schemas_is_a_name(name: str, inside: str) -> N
 def test_properties_with_the_names_of_keywords_are_held_and_typed() -> None:
     """A reply and a call, in every notation: each property has its own schema, whatever it is called."""
     each = {name: {"type": "integer", "format": "int64"} for name in KEYWORDS}
-    right, wrong = {name: 7 for name in KEYWORDS}, {name: "x" if name == "enum" else 7 for name in KEYWORDS}
+    right, wrong = dict.fromkeys(KEYWORDS, 7), {name: "x" if name == "enum" else 7 for name in KEYWORDS}
     core = byte_tokenizer()
     grammar = "json:" + json.dumps(closed(**each))
     assert accepts(core, grammar, json.dumps(right)) and not accepts(core, grammar, json.dumps(wrong))
