@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from outrider.assets import chat_prompts_file
 from outrider.conversations import Conversation, conversation_in, whole_text
 from outrider.errors import ConfigError
-from outrider.evaluate.scoring.score import Item, given_text, load_items, ready_items
-from outrider.evaluate.workloads import load_prompts, load_questions, plain_texts, ready, told
+from outrider.evaluate.scoring.score import given_text, ready_items
+from outrider.evaluate.workloads import Row, load_prompts, load_rows, plain_texts, questions_of, ready, told
 from outrider.files import read_text
 from outrider.theory.logs import read_log
 from tests.checkpoints import make_tokenizer
@@ -34,7 +34,8 @@ def written(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
 def speaker(tmp_path: Path) -> Any:
     """What `ready` reads of an engine whose model has a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path / "tokenizer"))
-    return SimpleNamespace(tokenizer=tokenizer, encode=lambda p: list(tokenizer.encode(p)) if isinstance(p, str) else p)
+    encode = lambda p: list(tokenizer.encode(p)) if isinstance(p, str) else p  # noqa: E731
+    return SimpleNamespace(tokenizer=tokenizer, encode=encode, eos=(tokenizer.eos_token_id,))
 
 
 @pytest.mark.parametrize(
@@ -114,13 +115,14 @@ def test_files_are_read_up_to_a_bound_and_pipes_too(tmp_path: Path) -> None:
 
 def test_questions_are_of_the_rows_that_were_read(tmp_path: Path) -> None:
     path = written(tmp_path, {"question_id": 81, "category": "qa", "turns": ["a", "b"]}, {"turns": ["c"]})
-    assert load_prompts(path, 9) == ["a", "c"]
-    assert [(q.number, q.category) for q in load_questions(path, 9)] == [(81, "qa"), (1, "overall")]
+    rows = load_rows(path, 9)
+    assert [(row.prompt, row.turns) for row in rows] == [("a", ("b",)), ("c", ())]
+    assert [(q.number, q.category) for q in questions_of(rows)] == [(81, "qa"), (1, "overall")]
 
 
 def test_prompts_are_taken_by_the_template_of_the_target(speaker: Any, tmp_path: Path) -> None:
     path = written(tmp_path, {"messages": [HI, HO, MORE, HO]}, {"prompt": "hi"})
-    prompts = load_prompts(path, 9)
+    prompts = load_rows(path, 9)
     ask = lambda messages: speaker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)  # noqa: E731
     found = ready(speaker, path, prompts)
     assert found.ids == [ask([HI, HO, MORE]), ask([HI])]
@@ -130,7 +132,7 @@ def test_prompts_are_taken_by_the_template_of_the_target(speaker: Any, tmp_path:
 
 
 def test_a_chat_model_is_asked_questions_and_another_is_given_code(speaker: Any) -> None:
-    code = load_prompts(None, 5)
+    code = load_rows(None, 5)
     found = ready(speaker, None, code)
     asked = [json.loads(line)["messages"] for line in chat_prompts_file().read_text().splitlines()]
     assert [speaker.tokenizer.decode(i).count("user: ") for i in found.ids] == [
@@ -139,20 +141,21 @@ def test_a_chat_model_is_asked_questions_and_another_is_given_code(speaker: Any)
     assert found.data["prompts"] == "the shipped questions" and len(asked) == 64
     assert len({json.dumps(talk) for talk in asked}) == 64 and all(talk[-1]["role"] == "user" for talk in asked)
     speaker.tokenizer.chat_template = None
-    assert ready(speaker, None, code).ids == [speaker.encode(p) for p in code]
-    items, data = ready_items(speaker, None, load_items(None, 5))
-    assert [i.prompt for i in items] == [speaker.encode(p) for p in code] and data["prompts"] == "the shipped code"
+    assert ready(speaker, None, code).ids == [speaker.encode(row.text) for row in code]
+    items, data = ready_items(speaker, None, code)
+    assert [i.prompt for i in items] == [speaker.encode(row.text) for row in code] and data["prompts"] == "the shipped code"
+    assert {i.domain for i in items} != {""}, "the shipped code is reported by folders of the standard library"
 
 
 def test_a_template_that_refuses_is_named_with_its_prompt(speaker: Any, tmp_path: Path) -> None:
     speaker.tokenizer.chat_template = "{{ raise_exception('no system message') if messages[0].role == 'system' else 'x' }}"
     path = written(tmp_path, {"prompt": "a"}, {"messages": [{"role": "system", "content": "s"}, HI]})
     with pytest.raises(ConfigError, match=r"prompt 2: the target's chat template refuses it \(no system message"):
-        ready(speaker, path, load_prompts(path, 9))
+        ready(speaker, path, load_rows(path, 9))
 
 
 def test_a_given_answer_begins_where_the_template_ends(speaker: Any, tmp_path: Path) -> None:
-    items, _ = ready_items(speaker, Path("x"), [Item("hi", "ho")])
+    items, _ = ready_items(speaker, Path("x"), [Row("hi", "ho")])
     text = given_text(speaker, items[0], 0, 9)
     assert speaker.tokenizer.decode(text.prompt) == "<s>user: hi</s><s>assistant: "
     assert speaker.tokenizer.decode(text.output) == "ho"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from outrider.conversations import Conversation, conversation_in
+from outrider.conversations import Conversation, answer_in, conversation_in
 from outrider.errors import ConfigError
 from outrider.train.data import Document, deduplicate, find_documents, normalise
 
@@ -26,7 +26,8 @@ def read_corpus(
     """The texts of `paths`, each distinct one once, in a fixed order.
 
     A folder gives all its readable files that match `pattern`. A `.jsonl` file gives a text per row: its `text`, its
-    `prompt`, or its conversation (`messages`, `conversations`) as `render` writes it (None: its contents, one per line). Any other
+    `prompt`, or its conversation (`messages`, `conversations`) as `render` writes it (None: its contents, one per line). A
+    `completion` follows its prompt: as the answer of that conversation, or without `render` as one text with it. Any other
     file is one text. A row that is none of these raises ConfigError with file and line, unless `skip_bad`.
     """
     found: list[Document] = []
@@ -39,7 +40,7 @@ def read_corpus(
         elif path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_BYTES >> 30} GiB; split it")
         elif path.suffix == ".jsonl":
-            found += _rows(path, skip_bad, render or _plain, report)
+            found += _rows(path, skip_bad, render, report)
         else:
             text = normalise(path.read_bytes())
             if text is None:
@@ -51,7 +52,7 @@ def read_corpus(
 
 
 def _rows(
-    path: Path, skip_bad: bool, render: Callable[[Conversation], str], report: Callable[[str], None]
+    path: Path, skip_bad: bool, render: Callable[[Conversation], str] | None, report: Callable[[str], None]
 ) -> Iterator[Document]:
     bad = 0
     with path.open("rb") as lines:
@@ -68,21 +69,22 @@ def _rows(
         report(f"{path.name}: {bad} bad rows skipped")
 
 
-def _text(line: bytes, render: Callable[[Conversation], str]) -> str:
+def _text(line: bytes, render: Callable[[Conversation], str] | None) -> str:
     try:
         row: Any = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({str(error)[:200]})") from None
     if not isinstance(row, dict):
         raise ValueError("not an object with `text`, `prompt` or `messages`")
-    for key in ("text", "prompt"):
-        if isinstance(row.get(key), str) and row[key].strip():
-            return row[key]
+    if isinstance(row.get("text"), str) and row["text"].strip():
+        return row["text"]
+    prompt, answer = row.get("prompt"), answer_in(row)
+    if isinstance(prompt, str) and prompt.strip():
+        if answer is None or render is None:
+            return prompt + (answer or "")
+        return render(Conversation(()).said("user", prompt).said("assistant", answer))
     talk = conversation_in(row)
     if talk is not None and talk.text.strip():
-        return render(talk)
+        talk = talk if answer is None else talk.said("assistant", answer)
+        return talk.text if render is None else render(talk)
     raise ValueError("no `text`, `prompt`, `messages` or `conversations` with text")
-
-
-def _plain(talk: Conversation) -> str:
-    return talk.text
