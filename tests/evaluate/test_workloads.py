@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,8 @@ def speaker(tmp_path: Path) -> Any:
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "input_text", "text": "i"}]}]}, [HI]),
         ({"messages": [HI, {"role": "assistant", "content": None, "tool_calls": []}, MORE]},
          [HI, {"role": "assistant", "content": ""}, MORE]),
+        ({"messages": [HI, {"role": "assistant", "content": []}, MORE]}, [HI, {"role": "assistant", "content": ""}, MORE]),
+        ({"prompt": [HI, HO, MORE]}, [HI, HO, MORE]),
         ({"messages": [
             HI,
             {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
@@ -76,6 +79,12 @@ def test_conversations_of_every_kind(row: dict, messages: list, tmp_path: Path) 
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "an image"),
         ({"messages": [HI, {"role": "assistant", "content": "x", "tool_calls": [3]}, MORE]}, "without a `function`"),
         ({"messages": []}, "no `prompt`"),
+        ({"messages": [{"role": "user", "content": []}]}, "message 1 has no text"),
+        ({"turns": ["a", 3]}, "`turns` are not all texts"),
+        ({"prompt": "a", "completion": 3}, "`completion` is neither"),
+        ({"prompt": "a", "completion": [HI]}, "`completion` is neither"),
+        ({"prompt": "a", "completion": [HO, HO]}, "`completion` is neither"),
+        ({"messages": [HI, HO], "completion": "x"}, "ends with an answer, and there is a `completion` too"),
         ({"prompt": ""}, "no `prompt`"),
         ({"prompt": None}, "no `prompt`"),
         ([1], "expected an object"),
@@ -111,6 +120,38 @@ def test_files_are_read_up_to_a_bound_and_pipes_too(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from outrider.files import read_text; print(read_text(Path('/dev/stdin'), 99))"
     done = subprocess.run([sys.executable, "-c", code], input="piped", capture_output=True, text=True)
     assert done.stdout == "piped\n", done.stderr
+
+
+def through_a_pipe(text: str) -> Path:
+    """The name of a pipe from which a text comes once."""
+    end, start = os.pipe()
+    os.write(start, text.encode())
+    os.close(start)
+    return Path(f"/dev/fd/{end}")
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "hi"}]}\n', ["a", Conversation((HI,))]),
+        ('\n  {"prompt": "a"}\n', ["a"]),
+        ('[{"prompt": "a"}, {"prompt": "b"}]', ["a", "b"]),
+        ('[\n {"prompt": "a"}\n]\n', ["a"]),
+        ("one\ntwo\n", ["one", "two"]),
+        ("[INST] one [/INST]\n", ["[INST] one [/INST]"]),
+        ("{not an object}\n", ["{not an object}"]),
+        ("7\n", ["7"]),
+    ],
+)
+def test_what_comes_through_a_pipe_is_told_by_its_first_line(text: str, prompts: list, tmp_path: Path) -> None:
+    pipe = through_a_pipe(text)
+    assert load_prompts(pipe, 9) == prompts
+    with pytest.raises(ConfigError, match="no prompts found"):
+        load_prompts(pipe, 9)  # a second reader finds nothing
+    os.close(int(pipe.name))
+    named = tmp_path / "prompts.txt"
+    named.write_text(text, encoding="utf-8")
+    assert load_prompts(named, 9) == [line for line in text.splitlines() if line.strip()], "a name that tells is believed"
 
 
 def test_questions_are_of_the_rows_that_were_read(tmp_path: Path) -> None:
@@ -154,11 +195,34 @@ def test_a_template_that_refuses_is_named_with_its_prompt(speaker: Any, tmp_path
         ready(speaker, path, load_rows(path, 9))
 
 
-def test_a_given_answer_begins_where_the_template_ends(speaker: Any, tmp_path: Path) -> None:
-    items, _ = ready_items(speaker, Path("x"), [Row("hi", "ho")])
-    text = given_text(speaker, items[0], 0, 9)
-    assert speaker.tokenizer.decode(text.prompt) == "<s>user: hi</s><s>assistant: "
-    assert speaker.tokenizer.decode(text.output) == "ho"
+@pytest.mark.parametrize(
+    ("row", "asked", "answer"),
+    [
+        ({"prompt": "hi", "completion": "ho"}, "<s>user: hi</s><s>assistant: ", "ho"),
+        ({"prompt": "hi", "completion": [HO]}, "<s>user: hi</s><s>assistant: ", "ho"),
+        ({"messages": [HI], "completion": "ho"}, "<s>user: hi</s><s>assistant: ", "ho"),
+        ({"prompt": [HI, HO, MORE], "completion": [HO]},
+         "<s>user: hi</s><s>assistant: ho</s><s>user: more</s><s>assistant: ", "ho"),
+    ],
+)  # fmt: skip
+def test_a_given_answer_is_read_behind_its_prompt(row: dict, asked: str, answer: str, speaker: Any, tmp_path: Path) -> None:
+    """By the template it begins where the template ends; without one, prompt and answer are one text, and the answer begins with
+    the first token that the prompt alone has not."""
+    rows = load_rows(written(tmp_path, row), 9)
+    items, _ = ready_items(speaker, Path("x"), rows)
+    text = given_text(speaker, items[0], 0, 99)
+    assert (speaker.tokenizer.decode(text.prompt), speaker.tokenizer.decode(text.output)) == (asked, answer)
+    for plain in (ready_items(speaker, Path("x"), rows, False)[0][0], *untemplated(speaker, rows)):
+        text, whole = given_text(speaker, plain, 0, 99), rows[0].text + answer
+        assert [*text.prompt, *text.output] == speaker.encode(whole), "the tokens of the one text, joined at the border"
+        shared = speaker.encode(rows[0].text)
+        assert text.prompt == shared[: len(text.prompt)] and len(text.prompt) >= len(shared) - 1
+
+
+def untemplated(speaker: Any, rows: list[Row]) -> list[Any]:
+    """The items of a model that has no template."""
+    speaker.tokenizer.chat_template = None
+    return ready_items(speaker, Path("x"), rows)[0]
 
 
 def test_training_text_has_one_token_that_begins_it(speaker: Any) -> None:

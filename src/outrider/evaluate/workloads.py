@@ -159,9 +159,10 @@ def _is_json(text: str) -> bool:
     """Whether a text whose name does not tell is JSON: its first line is an object, or it is a list that begins with one."""
     first = next((line.strip() for line in text.split("\n") if line.strip()), "")
     try:
-        return isinstance(json.loads(first), dict)
+        found = json.loads(first)
     except (ValueError, RecursionError):
         return first == "[" or first.startswith(("[{", "[ {"))
+    return isinstance(found, dict) or (isinstance(found, list) and bool(found) and isinstance(found[0], dict))
 
 
 def _row(fields: Any, where: str) -> Row:
