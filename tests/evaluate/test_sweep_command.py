@@ -66,7 +66,8 @@ def test_acceptance_and_speed_have_rows_and_pictures(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s.html", "plan", document)
     page = (tmp_path / "s.html").read_text()
     assert page.count("<svg") == 2
-    shipped, mine = ("the shipped code, as they stand", f"{prompts}, as they stand, and 1 later turns behind the model's own replies")
+    shipped = "the shipped code, as they stand"
+    mine = f"{prompts}, as they stand, and 1 later turn behind the model's own replies"
     assert prompts_of(document) == [(g["label"], said) for g, said in zip(document["groups"], (shipped, mine), strict=True)]
     assert shipped in page and str(prompts) in page
     assert prompts_of({"groups": document["groups"][:1]}) == [("all", shipped)]

@@ -143,5 +143,5 @@ def test_the_prompt_of_a_turn_is_the_conversation_by_the_template(speaker, tmp_p
     plain = ready(speaker, tmp_path, rows, template=False, whole=True).later[0]
     assert plain is not None and plain([first]) == speaker.encode("hi\nho\nmore")
     alone = ready(speaker, tmp_path, rows)
-    assert alone.later == [None, None] and "without their 2 later turns" in told(alone.data)
+    assert alone.later == [None, None] and "without 2 later turns" in told(alone.data)
     assert "turn" not in told(ready(speaker, Path("x"), [Row("hi")], whole=True).data)

@@ -118,6 +118,16 @@ def test_the_images_of_a_prompt_are_seen_one_between_two_steps(server: Running, 
     assert done == ["see", "rows", "see", "rows", "admit", "rows", "rows"]
 
 
+def test_images_that_are_more_than_is_kept_are_seen_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt holds what was seen of it until it is queued, and its sequence from then on."""
+    reader = engine().images
+    seen, real = list[bytes](), reader._seen
+    monkeypatch.setattr(reader, "_seen", lambda image: (seen.append(image.digest), real(image))[1])
+    monkeypatch.setattr("outrider.models.hf.images.KEPT", 1)
+    answered(server, "/v1/chat/completions", chat(url(31), url(32), url(33)))
+    assert len(seen) == len(set(seen)) == 3
+
+
 def refused(server: Running, path: str, body: dict[str, Any]) -> str:
     status, _, found = server.call("POST", path, body)
     assert status == 400, (status, found)

@@ -140,9 +140,11 @@ class Asked:
 def told(data: Mapping[str, Any]) -> str:
     """What a report says of its prompts, in a clause."""
     said = f"{data['prompts']}, {'by the chat template' if data['chat_template'] else 'as they stand'}"
-    if data.get("later_turns"):
-        said += f", and {data['later_turns']} later turns behind the model's own replies"
-    return said + (f", without their {data['turns_left_out']} later turns" if data.get("turns_left_out") else "")
+    if further := data.get("later_turns"):
+        said += f", and {further} later {'turn' if further == 1 else 'turns'} behind the model's own replies"
+    if left := data.get("turns_left_out"):
+        said += f", without {left} later {'turn' if left == 1 else 'turns'}"
+    return said
 
 
 def _read(path: Path) -> list[Row]:

@@ -9,10 +9,8 @@ from typing import Any
 
 from outrider.conversations import Conversation, answer_in, conversation_in
 from outrider.errors import ConfigError
-from outrider.train.data import Document, deduplicate, find_documents, normalise
-
-MAX_BYTES = 1 << 30
-"""Largest file that is read."""
+from outrider.files import read_bytes
+from outrider.train.data import MAX_BYTES, Document, deduplicate, find_documents, normalise
 
 
 def read_corpus(
@@ -37,12 +35,10 @@ def read_corpus(
             found += find_documents(path, pattern)
         elif not path.is_file():
             raise ConfigError(f"{path}: no such file or folder; name text files, JSON lines or folders of text")
-        elif path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_BYTES >> 30} GiB; split it")
         elif path.suffix == ".jsonl":
             found += _rows(path, skip_bad, render, report)
         else:
-            text = normalise(path.read_bytes())
+            text = normalise(read_bytes(path, MAX_BYTES))
             if text is None:
                 raise ConfigError(f"{path}: not UTF-8 text, or empty")
             found.append(Document(path.name, text))
@@ -55,8 +51,11 @@ def _rows(
     path: Path, skip_bad: bool, render: Callable[[Conversation], str] | None, report: Callable[[str], None]
 ) -> Iterator[Document]:
     bad = 0
+    size = 0
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), 1):
+            if (size := size + len(line)) > MAX_BYTES:
+                raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB; split it")
             if not line.strip():
                 continue
             try:
