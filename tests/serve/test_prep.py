@@ -333,38 +333,36 @@ def test_special_tokens_are_a_field(server: Running) -> None:
         assert counts[0] >= counts[1] > 0
 
 
-async def started_with_processes(engine: Any, tokens: list[str]) -> tuple[list[str], list[str]]:
-    """A server that was told to warm up, and then asked for JSON of two forms: what it has compiled, before and after."""
-    app = create_app(lambda **wiring: engine, Settings("m"), adaptive=False)
-    server = server_for(app, Settings("m"), "127.0.0.1", 0, beside=app.state.bridge.warm)
-    served = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    assert server._aside is not None
-    await server._aside
-    warmed = list(engine._intake.pipeline.grammars.kept)
-    for form in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": tokens}}}):
-        body = {"model": "m", "prompt": "x", "max_tokens": 4, "response_format": form}
-        assert (await post(app, "/v1/completions", body))[0] == 200
-    server.should_exit = True
-    await served
-    return warmed, list(engine._intake.pipeline.grammars.kept)
+FORMS = ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["a", "b"]}}})
 
 
 def test_the_first_json_does_not_wait_for_a_process_nor_for_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`serve` warms up beside its first requests: one process starts, before anybody asks, and JSON mode is compiled."""
-    starts: list[int] = []
-    start = prep_module.Process._start
+    """`serve` warms up beside its first requests: one process starts and JSON mode is compiled before anybody asks; a request for it
+    and one for a schema start no other."""
+    starts, start = list[int](), asyncio.create_subprocess_exec
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", lambda *a, **o: (starts.append(1), start(*a, **o))[1])
+    engine, compiled = build_engine(slots=1), list[str]()
+    compile_ = engine.compile_grammar
+    monkeypatch.setattr(engine, "compile_grammar", lambda text: (compiled.append(text), compile_(text))[1])
 
-    async def counted(self: Any) -> None:
-        starts.append(1)
-        await start(self)
+    async def run() -> list[str]:
+        app = create_app(lambda **wiring: engine, Settings("m"), adaptive=False)
+        server = server_for(app, Settings("m"), "127.0.0.1", 0, beside=app.state.bridge.warm)
+        served = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        assert server.aside is not None
+        await server.aside
+        warmed = list(compiled)
+        for form in FORMS:
+            body = {"model": "m", "prompt": "x", "max_tokens": 4, "response_format": form}
+            assert (await post(app, "/v1/completions", body))[0] == 200
+        server.should_exit = True
+        await served
+        return warmed
 
-    monkeypatch.setattr(prep_module.Process, "_start", counted)
-    engine = build_engine(slots=1)
-    warmed, kept = asyncio.run(started_with_processes(engine, ["a", "b"]))
-    assert warmed == [OBJECT] and len(starts) == 1
-    assert kept[0] == OBJECT and len(kept) == 2, "JSON mode was compiled once, and what `serve` compiles is what it asks for"
+    assert asyncio.run(run()) == [OBJECT] and len(starts) == 1
+    assert compiled[:2] == [OBJECT, OBJECT] and len(compiled) == 3, "what `serve` compiles is what JSON mode asks for"
 
 
 def test_a_server_that_ends_while_it_warms_up_ends(monkeypatch: pytest.MonkeyPatch) -> None:

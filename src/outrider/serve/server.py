@@ -51,7 +51,8 @@ class Server(uvicorn.Server):
         beside: Beside | None = None,
     ) -> None:
         super().__init__(config)
-        self._beside, self._aside = beside, None
+        self._beside = beside
+        self.aside: asyncio.Task[None] | None = None  # what runs beside the first requests
         self.bridge: Bridge = app.state.bridge
         self.grace, self.line, self.say = grace, line, say
         self._life = app.router.lifespan_context(app)
@@ -70,7 +71,7 @@ class Server(uvicorn.Server):
         gc.collect()
         gc.freeze()  # the server's own objects are never garbage, and scanning them would stop every stream for 0.1 s
         if self._beside is not None:
-            self._aside = asyncio.create_task(self._beside())
+            self.aside = asyncio.create_task(self._beside())
         if self.line is not None and self.started:
             self._telling = asyncio.create_task(Heartbeat(self.line, self.state).run())
 
@@ -100,9 +101,9 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list | None = None) -> None:
         """Finish the requests while uvicorn waits for their connections."""
         gc.unfreeze()
-        if self._aside is not None:
-            self._aside.cancel()
-            await asyncio.gather(self._aside, return_exceptions=True)
+        if self.aside is not None:
+            self.aside.cancel()
+            await asyncio.gather(self.aside, return_exceptions=True)
         settled = asyncio.create_task(self.bridge.drain_requests(0.0 if self.force_exit else self.grace))
         await super().shutdown(sockets)
         settled.cancel()

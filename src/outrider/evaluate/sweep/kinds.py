@@ -90,8 +90,10 @@ def perform_bench(f: Bench) -> Answer:
     wanted: dict[str, dict[str, Any]] = {name: {"draft": "auto", **o} for name, o in configurations.items()}
     arms = [Arm(name, companion(engine, **options)) for name, options in wanted.items()]
     found = prompts_of(engine, f, whole=True)
-    often = {"batch": f.batch, "repeats": f.repeats, "warmup": f.warmup if f.metric == "speed" else 0}
-    records = run_arms(arms, found.ids, sampling_of(f), seed=f.seed, later=found.later, **often)
+    warmup, later = f.warmup if f.metric == "speed" else 0, found.later
+    records = run_arms(
+        arms, found.ids, sampling_of(f), batch=f.batch, repeats=f.repeats, warmup=warmup, seed=f.seed, later=later
+    )
     drafters = {arm.name: f"{arm.engine.parts.drafter.name} / {arm.engine.parts.rule.name}" for arm in arms}
     return answer_of(records, f.metric == "speed", drafters=drafters, data=found.data)
 
