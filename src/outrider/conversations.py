@@ -31,6 +31,10 @@ class Conversation:
         """The contents, one per line: for models without a template."""
         return "\n".join(m["content"] for m in self.messages)
 
+    def said(self, role: str, text: str) -> Conversation:
+        """The conversation with another message."""
+        return Conversation((*self.messages, {"role": role, "content": text}))
+
     @property
     def asked(self) -> Conversation:
         """The messages up to the last one that an answer follows. Raises ValueError if there is none."""
@@ -41,13 +45,34 @@ class Conversation:
 
 
 def conversation_in(row: Mapping[str, Any]) -> Conversation | None:
-    """The conversation of a row: its `messages`, ShareGPT's `conversations`, or those of the `body` of a line for OpenAI's batches;
-    None if it has none. Raises ValueError for one that cannot be read."""
+    """The conversation of a row: its `messages`, ShareGPT's `conversations`, a `prompt` of messages, or the messages of the `body`
+    of a line for OpenAI's batches; None if it has none. Raises ValueError for one that cannot be read."""
     body = row.get("body")
     if isinstance(body, Mapping) and isinstance(body.get("messages"), list):
         return conversation_in(body)
-    found = next((row[key] for key in ("messages", "conversations") if isinstance(row.get(key), list)), None)
-    return None if not found else Conversation(tuple(_message(m, i) for i, m in enumerate(found, 1)))
+    found = next((row[key] for key in ("messages", "conversations", "prompt") if isinstance(row.get(key), list)), None)
+    if not found:
+        return None
+    talk = _conversation(found)
+    if talk.messages[-1]["role"] == "assistant" and answer_in(row) is not None:
+        raise ValueError("its conversation ends with an answer, and there is a `completion` too: leave out one of them")
+    return talk
+
+
+def answer_in(row: Mapping[str, Any]) -> str | None:
+    """The answer that a row gives apart from its prompt: its `completion`, a text or one message of the assistant; None if there is
+    none. Raises ValueError for one that cannot be read."""
+    given = row.get("completion")
+    if given is None or isinstance(given, str):
+        return given or None
+    said = _conversation(given).messages if isinstance(given, list) and given else ()
+    if len(said) != 1 or said[0]["role"] != "assistant":
+        raise ValueError("its `completion` is neither a text nor one message of the assistant")
+    return str(said[0]["content"]) or None
+
+
+def _conversation(found: Sequence[Any]) -> Conversation:
+    return Conversation(tuple(_message(m, i) for i, m in enumerate(found, 1)))
 
 
 def _message(found: Any, number: int) -> dict[str, Any]:
@@ -81,7 +106,7 @@ def _call(found: Any, number: int) -> dict[str, Any]:
 def _text(content: Any, number: int, may_be_empty: bool) -> str:
     if isinstance(content, str):
         return content
-    if content is None and may_be_empty:  # it calls a tool and says nothing
+    if (content is None or content == []) and may_be_empty:  # it calls a tool and says nothing
         return ""
     if not isinstance(content, list) or not content:
         raise ValueError(f"message {number} has no text")

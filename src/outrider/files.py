@@ -32,8 +32,9 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     return value
 
 
-def read_text(path: Path, limit: int) -> str:
-    """The text of a user's file, or of a pipe, of at most `limit` bytes, without a byte order mark. Raises ConfigError."""
+def read_bytes(path: Path, limit: int) -> bytes:
+    """What a user's file, or a pipe, holds, of at most `limit` bytes: no more is read, whatever its size is said to be. Raises
+    ConfigError."""
     try:
         with path.open("rb") as file:
             found = file.read(limit + 1)
@@ -45,6 +46,12 @@ def read_text(path: Path, limit: int) -> str:
         raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
     if len(found) > limit:
         raise ConfigError(f"{path}: larger than {limit >> 20} MiB; split it")
+    return found
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The text of a user's file, or of a pipe, of at most `limit` bytes, without a byte order mark. Raises ConfigError."""
+    found = read_bytes(path, limit)
     try:
         return found.decode("utf-8-sig")
     except UnicodeDecodeError as error:

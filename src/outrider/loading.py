@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from outrider.assets import HERE, shipped
+from outrider.assets import shipped, shipped_prompts
 from outrider.engine import contracts
 from outrider.engine.turns import Turns
 from outrider.errors import CapacityError, ConfigError
@@ -30,10 +29,8 @@ logger = logging.getLogger(__name__)
 
 TRANSLATE = "translate:"
 """Marks a draft model of another vocabulary."""
-PROMPTS = HERE / "pycode" / "prompts.jsonl"
-"""Held-out text: for the upper bound of a translated draft's acceptance, and for what rounding changes."""
 MEASURED = 512
-"""Tokens of it, at most, on which a rounded target is compared with its own weights."""
+"""Tokens of the shipped prompts, at most, on which a rounded target is compared with its own weights."""
 
 
 class ModelKey(NamedTuple):
@@ -151,8 +148,7 @@ def _far(plain: Callable[[], Target], model: Target, tokenizer: object | None, o
     """How far a target is from what it was made of, which is called `own`, in a clause."""
     if tokenizer is None:
         return "how far from its own was not measured, since there is no tokenizer"
-    lines = [json.loads(row)["prompt"] for row in PROMPTS.read_text(encoding="utf-8").splitlines()]
-    text = [t for line in lines for t in cast(Tokenizer, tokenizer).encode(line)]
+    text = [t for prompt in shipped_prompts() for t in cast(Tokenizer, tokenizer).encode(prompt)]
     try:
         far = distance(plain(), model, text[: min(MEASURED, model.max_length)])
     except CapacityError:
@@ -249,8 +245,8 @@ def token_use(loaded: Loaded) -> TokenUse:
         raise ConfigError(
             "draft_vocabulary needs a target from a folder or the Hub, whose tokens are counted once: leave it out, or give one"
         )
-    lines = PROMPTS.read_text(encoding="utf-8").splitlines() if tokenizer is not None else []
-    texts = [list(cast(Tokenizer, tokenizer).encode(json.loads(line)["prompt"])) for line in lines]
+    prompts = shipped_prompts() if tokenizer is not None else []
+    texts = [list(cast(Tokenizer, tokenizer).encode(prompt)) for prompt in prompts]
     cache = "" if loaded.options.kv_dtype == "auto" else f" {loaded.options.kv_dtype}"
     key = f"{identity_of(resolve_folder(loaded.path))} {target.dtype} {loaded.options.target_quantize}{cache}"
     return use_of(target, key, prompts_from(texts, target.vocab_size), logger.warning)
@@ -268,7 +264,7 @@ def _translated(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Targ
             )
         ours = cast(Tokenizer, loaded.tokenizer)
         seen = translate(model, cast(Tokenizer, tokenizer), ours, loaded.target.vocab_size, name)
-        sample = [t for row in PROMPTS.read_text(encoding="utf-8").splitlines() for t in ours.encode(row)]
+        sample = [t for prompt in shipped_prompts() for t in ours.encode(prompt)]
         share = shared_token_share(seen, sample)
         notice = f"{seen.notices[0]}: {share:.0%} of the tokens of a sample of code, an upper bound of acceptance"
         seen.notices = (notice, *model.notices)

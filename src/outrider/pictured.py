@@ -45,7 +45,7 @@ class ImagePrompt(list[int]):
         self.images = tuple(images)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class ImageRows:
     """One image as rows of the target.
 

@@ -100,9 +100,11 @@ def trial_picture() -> Any:
 
 def _bytes_at(path: Path, name: str) -> bytes:
     try:
-        if path.stat().st_size > MAX_BYTES:
+        with path.open("rb") as file:  # a file may grow, and a device has no size: no more than this is read
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
             raise RequestError(_too_large(f"{name} ({path})"))
-        return path.read_bytes()
+        return data
     except OSError as error:
         raise RequestError(
             f"{name} ({path}) cannot be read ({error.strerror or type(error).__name__}): check the path"

@@ -12,6 +12,8 @@ FORMATS = frozenset({
 """Formats of texts that llguidance holds; it refuses a schema with another one."""
 _DATA = frozenset({"const", "enum", "default", "examples"})
 """Keywords whose values are data, in which nothing is a keyword."""
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"})
+"""Keywords whose values are schemas by the names of a user: a property called "enum" is a name there, and no keyword."""
 _AROUND = re.compile(r"\(\?<?[=!]|\\[1-9]")
 """What no automaton can follow in a pattern: looking around, and what was matched before."""
 
@@ -28,14 +30,19 @@ def without_looking_around(schema: Any) -> Any:
 
 
 def _without(schema: Any, left_out: Callable[[str, Any], bool]) -> Any:
+    """A schema, or a list of some, without the keywords that `left_out` says of (keyword, value)."""
     if isinstance(schema, list):
         return [_without(part, left_out) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    out: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key == "patternProperties" and isinstance(value, dict):
-            value = {name: part for name, part in value.items() if not left_out("pattern", name)}
-        if not left_out(key, value):
-            out[key] = value if key in _DATA else _without(value, left_out)
-    return out
+    return {key: _value(key, value, left_out) for key, value in schema.items() if not left_out(key, value)}
+
+
+def _value(key: str, value: Any, left_out: Callable[[str, Any], bool]) -> Any:
+    """The value of a keyword, in which the same is left out where it holds schemas."""
+    if key in _DATA:
+        return value
+    if key in _NAMED and isinstance(value, dict):
+        lost = {name for name in value if key == "patternProperties" and left_out("pattern", name)}
+        return {name: _without(part, left_out) for name, part in value.items() if name not in lost}
+    return _without(value, left_out)

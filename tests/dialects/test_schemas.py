@@ -38,6 +38,43 @@ def test_formats_that_are_notes_are_left_out_and_nothing_else() -> None:
         "items": {"pattern": "^a+$"}, "properties": {"pattern": {}}, "patternProperties": {"^y": {}}}  # fmt: skip
 
 
+KEYWORDS = (
+    "type", "enum", "const", "default", "examples", "pattern", "format", "items", "properties", "patternProperties", "required",
+    "$defs", "definitions", "dependencies", "anyOf", "not", "if", "$ref", "title", "description",
+)  # fmt: skip
+"""Words of schemas that may as well be the names of properties."""
+
+
+@pytest.mark.parametrize("inside", ["properties", "$defs", "definitions", "dependentSchemas", "dependencies", "patternProperties"])
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_a_name_that_is_a_word_of_schemas_is_a_name(name: str, inside: str) -> None:
+    """What is called "enum" is read as any other schema, and what is in a real `enum` under that name is data."""
+    note = {"format": "path", "pattern": "^(?=x)a", "enum": [{"format": "path", "pattern": "(?=x)"}]}
+    assert without_other_formats({inside: {name: note}}) == {inside: {name: {k: note[k] for k in ("pattern", "enum")}}}
+    assert without_looking_around({inside: {name: note}}) == {inside: {name: {k: note[k] for k in ("format", "enum")}}}
+    deep = {inside: {name: {"properties": {name: note}}}}
+    assert without_other_formats(deep)[inside][name]["properties"][name] == {k: note[k] for k in ("pattern", "enum")}
+    listed = {"dependencies": {name: ["format", "pattern"]}, "dependentRequired": {name: ["format"]}, "required": [name]}
+    assert without_looking_around(without_other_formats(listed)) == listed
+
+
+def test_properties_with_the_names_of_keywords_are_held_and_typed() -> None:
+    """A reply and a call, in every notation: each property has its own schema, whatever it is called."""
+    each = {name: {"type": "integer", "format": "int64"} for name in KEYWORDS}
+    right, wrong = dict.fromkeys(KEYWORDS, 7), {name: "x" if name == "enum" else 7 for name in KEYWORDS}
+    core = byte_tokenizer()
+    grammar = "json:" + json.dumps(closed(**each))
+    assert accepts(core, grammar, json.dumps(right)) and not accepts(core, grammar, json.dumps(wrong))
+    for form in FORMATS.values():
+        core = byte_tokenizer(form.marks)
+        grammars_for(core).compile(f"lark:{required(form, [Tool('f', closed(**each))], marks_of(core), False)}")
+    body = FORMATS["qwen3_coder"].body
+    assert body is not None
+    raw = "".join(f"<parameter={n}>\n7\n</parameter>\n" for n in KEYWORDS)
+    assert body(raw, each) == right
+    assert body(raw, {**each, "enum": {"type": "string"}}) == {**right, "enum": "7"}
+
+
 def accepts(core: Tokenizer, grammar: str, text: str) -> bool:
     """Whether a grammar lets a model write a text, and end there."""
     automaton, out = grammars_for(core).start(grammar), list[int]()

@@ -23,11 +23,12 @@ from outrider.evaluate.scoring.score import (
     Item,
     draft_model,
     given_text,
-    load_items,
+    items_of,
     sample,
     score,
     to_vocabulary,
 )
+from outrider.evaluate.workloads import load_rows
 from outrider.models.toy import TableTarget, TinyLM
 from outrider.params import SamplingParams
 from outrider.records import Counts
@@ -179,7 +180,7 @@ def test_the_shipped_pair() -> None:
     """Length by length, the engine's own texts on the shipped pair in float32; and the report that is made of them."""
     engine = build_engine(length=4, dtype="float32", slots=4, max_length=256)
     draft = draft_model(engine)
-    items = load_items(None, 6)
+    items = items_of(load_rows(None, 6), shipped=True)
     assert len(items) == 6 and len({i.domain for i in items}) > 1
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     out = engine.generate(

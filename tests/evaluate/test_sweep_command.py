@@ -14,7 +14,7 @@ from outrider.evaluate.sweep.book import Book
 from outrider.evaluate.sweep.cells import code_version
 from outrider.evaluate.sweep.kinds import base_engine
 from outrider.evaluate.sweep.plan import read_plan
-from outrider.evaluate.sweep.report import write_sweep
+from outrider.evaluate.sweep.report import prompts_of, write_sweep
 from outrider.evaluate.sweep.summary import summarise
 
 ROOT = Path(__file__).parents[2]
@@ -51,10 +51,11 @@ def recorded(tmp_path: Path, *cells: str) -> dict[str, Any]:
 
 def test_acceptance_and_speed_have_rows_and_pictures(tmp_path: Path) -> None:
     """Also twice the same: on a worker that has just begun, and on one that holds other cells' models."""
-    small = "count: 2, max_tokens: 8"
+    small, prompts = "count: 2, max_tokens: 8", tmp_path / "p.jsonl"
+    prompts.write_text('{"turns": ["def f(x):", "# again"]}\n{"prompt": "import os"}\n')
     cells = (
         f"kind: bench, {small}, grid: {{length: [2], seed: [0, 1]}}",
-        f"kind: bench, metric: speed, {small}, {ARMS}",
+        f"kind: bench, metric: speed, {small}, prompts: {prompts}, {ARMS}",
     )
     document = recorded(tmp_path, *cells)
     assert [g["done"] for g in document["groups"]] == [2, 1] and not document["failed"]
@@ -63,7 +64,14 @@ def test_acceptance_and_speed_have_rows_and_pictures(tmp_path: Path) -> None:
     speed = document["groups"][1]["speed"][0]
     assert (speed["arm"], speed["base"]) == ("two", "plain") and len(speed["by_machine"]) == 1
     write_sweep(tmp_path / "s.html", "plan", document)
-    assert (tmp_path / "s.html").read_text().count("<svg") == 2
+    page = (tmp_path / "s.html").read_text()
+    assert page.count("<svg") == 2
+    shipped = "the shipped code, as they stand"
+    mine = f"{prompts}, as they stand, and 1 later turn behind the model's own replies"
+    assert prompts_of(document) == [(g["label"], said) for g, said in zip(document["groups"], (shipped, mine), strict=True)]
+    assert shipped in page and str(prompts) in page
+    assert prompts_of({"groups": document["groups"][:1]}) == [("all", shipped)]
+    assert speed["tokens_per_second"] and document["groups"][1]["acceptance"][0]["tokens"] == 3 * 8
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from transformers import AutoTokenizer
 from outrider.assets import chat_prompts_file
 from outrider.conversations import Conversation, conversation_in, whole_text
 from outrider.errors import ConfigError
-from outrider.evaluate.scoring.score import Item, given_text, load_items, ready_items
-from outrider.evaluate.workloads import load_prompts, load_questions, plain_texts, ready, told
+from outrider.evaluate.scoring.score import given_text, ready_items
+from outrider.evaluate.workloads import Row, load_prompts, load_rows, plain_texts, questions_of, ready, told
 from outrider.files import read_text
 from outrider.theory.logs import read_log
 from tests.checkpoints import make_tokenizer
@@ -34,7 +35,8 @@ def written(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
 def speaker(tmp_path: Path) -> Any:
     """What `ready` reads of an engine whose model has a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path / "tokenizer"))
-    return SimpleNamespace(tokenizer=tokenizer, encode=lambda p: list(tokenizer.encode(p)) if isinstance(p, str) else p)
+    encode = lambda p: list(tokenizer.encode(p)) if isinstance(p, str) else p  # noqa: E731
+    return SimpleNamespace(tokenizer=tokenizer, encode=encode, eos=(tokenizer.eos_token_id,))
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,8 @@ def speaker(tmp_path: Path) -> Any:
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "input_text", "text": "i"}]}]}, [HI]),
         ({"messages": [HI, {"role": "assistant", "content": None, "tool_calls": []}, MORE]},
          [HI, {"role": "assistant", "content": ""}, MORE]),
+        ({"messages": [HI, {"role": "assistant", "content": []}, MORE]}, [HI, {"role": "assistant", "content": ""}, MORE]),
+        ({"prompt": [HI, HO, MORE]}, [HI, HO, MORE]),
         ({"messages": [
             HI,
             {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
@@ -75,6 +79,12 @@ def test_conversations_of_every_kind(row: dict, messages: list, tmp_path: Path) 
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "an image"),
         ({"messages": [HI, {"role": "assistant", "content": "x", "tool_calls": [3]}, MORE]}, "without a `function`"),
         ({"messages": []}, "no `prompt`"),
+        ({"messages": [{"role": "user", "content": []}]}, "message 1 has no text"),
+        ({"turns": ["a", 3]}, "`turns` are not all texts"),
+        ({"prompt": "a", "completion": 3}, "`completion` is neither"),
+        ({"prompt": "a", "completion": [HI]}, "`completion` is neither"),
+        ({"prompt": "a", "completion": [HO, HO]}, "`completion` is neither"),
+        ({"messages": [HI, HO], "completion": "x"}, "ends with an answer, and there is a `completion` too"),
         ({"prompt": ""}, "no `prompt`"),
         ({"prompt": None}, "no `prompt`"),
         ([1], "expected an object"),
@@ -112,15 +122,48 @@ def test_files_are_read_up_to_a_bound_and_pipes_too(tmp_path: Path) -> None:
     assert done.stdout == "piped\n", done.stderr
 
 
+def through_a_pipe(text: str) -> Path:
+    """The name of a pipe from which a text comes once."""
+    end, start = os.pipe()
+    os.write(start, text.encode())
+    os.close(start)
+    return Path(f"/dev/fd/{end}")
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "hi"}]}\n', ["a", Conversation((HI,))]),
+        ('\n  {"prompt": "a"}\n', ["a"]),
+        ('[{"prompt": "a"}, {"prompt": "b"}]', ["a", "b"]),
+        ('[\n {"prompt": "a"}\n]\n', ["a"]),
+        ("one\ntwo\n", ["one", "two"]),
+        ("[INST] one [/INST]\n", ["[INST] one [/INST]"]),
+        ("{not an object}\n", ["{not an object}"]),
+        ("7\n", ["7"]),
+    ],
+)
+def test_what_comes_through_a_pipe_is_told_by_its_first_line(text: str, prompts: list, tmp_path: Path) -> None:
+    pipe = through_a_pipe(text)
+    assert load_prompts(pipe, 9) == prompts
+    with pytest.raises(ConfigError, match="no prompts found"):
+        load_prompts(pipe, 9)  # a second reader finds nothing
+    os.close(int(pipe.name))
+    named = tmp_path / "prompts.txt"
+    named.write_text(text, encoding="utf-8")
+    assert load_prompts(named, 9) == [line for line in text.splitlines() if line.strip()], "a name that tells is believed"
+
+
 def test_questions_are_of_the_rows_that_were_read(tmp_path: Path) -> None:
     path = written(tmp_path, {"question_id": 81, "category": "qa", "turns": ["a", "b"]}, {"turns": ["c"]})
-    assert load_prompts(path, 9) == ["a", "c"]
-    assert [(q.number, q.category) for q in load_questions(path, 9)] == [(81, "qa"), (1, "overall")]
+    rows = load_rows(path, 9)
+    assert [(row.prompt, row.turns) for row in rows] == [("a", ("b",)), ("c", ())]
+    assert [(q.number, q.category) for q in questions_of(rows)] == [(81, "qa"), (1, "overall")]
 
 
 def test_prompts_are_taken_by_the_template_of_the_target(speaker: Any, tmp_path: Path) -> None:
     path = written(tmp_path, {"messages": [HI, HO, MORE, HO]}, {"prompt": "hi"})
-    prompts = load_prompts(path, 9)
+    prompts = load_rows(path, 9)
     ask = lambda messages: speaker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)  # noqa: E731
     found = ready(speaker, path, prompts)
     assert found.ids == [ask([HI, HO, MORE]), ask([HI])]
@@ -130,7 +173,7 @@ def test_prompts_are_taken_by_the_template_of_the_target(speaker: Any, tmp_path:
 
 
 def test_a_chat_model_is_asked_questions_and_another_is_given_code(speaker: Any) -> None:
-    code = load_prompts(None, 5)
+    code = load_rows(None, 5)
     found = ready(speaker, None, code)
     asked = [json.loads(line)["messages"] for line in chat_prompts_file().read_text().splitlines()]
     assert [speaker.tokenizer.decode(i).count("user: ") for i in found.ids] == [
@@ -139,23 +182,47 @@ def test_a_chat_model_is_asked_questions_and_another_is_given_code(speaker: Any)
     assert found.data["prompts"] == "the shipped questions" and len(asked) == 64
     assert len({json.dumps(talk) for talk in asked}) == 64 and all(talk[-1]["role"] == "user" for talk in asked)
     speaker.tokenizer.chat_template = None
-    assert ready(speaker, None, code).ids == [speaker.encode(p) for p in code]
-    items, data = ready_items(speaker, None, load_items(None, 5))
-    assert [i.prompt for i in items] == [speaker.encode(p) for p in code] and data["prompts"] == "the shipped code"
+    assert ready(speaker, None, code).ids == [speaker.encode(row.text) for row in code]
+    items, data = ready_items(speaker, None, code)
+    assert [i.prompt for i in items] == [speaker.encode(row.text) for row in code] and data["prompts"] == "the shipped code"
+    assert {i.domain for i in items} != {""}, "the shipped code is reported by folders of the standard library"
 
 
 def test_a_template_that_refuses_is_named_with_its_prompt(speaker: Any, tmp_path: Path) -> None:
     speaker.tokenizer.chat_template = "{{ raise_exception('no system message') if messages[0].role == 'system' else 'x' }}"
     path = written(tmp_path, {"prompt": "a"}, {"messages": [{"role": "system", "content": "s"}, HI]})
     with pytest.raises(ConfigError, match=r"prompt 2: the target's chat template refuses it \(no system message"):
-        ready(speaker, path, load_prompts(path, 9))
+        ready(speaker, path, load_rows(path, 9))
 
 
-def test_a_given_answer_begins_where_the_template_ends(speaker: Any, tmp_path: Path) -> None:
-    items, _ = ready_items(speaker, Path("x"), [Item("hi", "ho")])
-    text = given_text(speaker, items[0], 0, 9)
-    assert speaker.tokenizer.decode(text.prompt) == "<s>user: hi</s><s>assistant: "
-    assert speaker.tokenizer.decode(text.output) == "ho"
+@pytest.mark.parametrize(
+    ("row", "asked", "answer"),
+    [
+        ({"prompt": "hi", "completion": "ho"}, "<s>user: hi</s><s>assistant: ", "ho"),
+        ({"prompt": "hi", "completion": [HO]}, "<s>user: hi</s><s>assistant: ", "ho"),
+        ({"messages": [HI], "completion": "ho"}, "<s>user: hi</s><s>assistant: ", "ho"),
+        ({"prompt": [HI, HO, MORE], "completion": [HO]},
+         "<s>user: hi</s><s>assistant: ho</s><s>user: more</s><s>assistant: ", "ho"),
+    ],
+)  # fmt: skip
+def test_a_given_answer_is_read_behind_its_prompt(row: dict, asked: str, answer: str, speaker: Any, tmp_path: Path) -> None:
+    """By the template it begins where the template ends; without one, prompt and answer are one text, and the answer begins with
+    the first token that the prompt alone has not."""
+    rows = load_rows(written(tmp_path, row), 9)
+    items, _ = ready_items(speaker, Path("x"), rows)
+    text = given_text(speaker, items[0], 0, 99)
+    assert (speaker.tokenizer.decode(text.prompt), speaker.tokenizer.decode(text.output)) == (asked, answer)
+    for plain in (ready_items(speaker, Path("x"), rows, False)[0][0], *untemplated(speaker, rows)):
+        text, whole = given_text(speaker, plain, 0, 99), rows[0].text + answer
+        assert [*text.prompt, *text.output] == speaker.encode(whole), "the tokens of the one text, joined at the border"
+        shared = speaker.encode(rows[0].text)
+        assert text.prompt == shared[: len(text.prompt)] and len(text.prompt) >= len(shared) - 1
+
+
+def untemplated(speaker: Any, rows: list[Row]) -> list[Any]:
+    """The items of a model that has no template."""
+    speaker.tokenizer.chat_template = None
+    return ready_items(speaker, Path("x"), rows)[0]
 
 
 def test_training_text_has_one_token_that_begins_it(speaker: Any) -> None:

@@ -193,8 +193,13 @@ def test_rows_of_images_that_nobody_has_are_dropped(monkeypatch: pytest.MonkeyPa
     assert len({r.key for r in rows}) == 5 and reader.rows(prompts[0].images[0]) is rows[0]
     monkeypatch.setattr("outrider.models.hf.images.KEPT", 2 * rows[0].nbytes)
     assert reader.rows(prompts[4].images[0]) is rows[4]
+    calls: list[int] = []
+    target.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    assert [reader.rows(p.images[0]) for p in prompts] == rows and not calls, "somebody has them: none is seen again"
+    key, embeds = rows[1].key, rows[1].embeds.clone()
+    rows.clear()
     again = reader.rows(prompts[1].images[0])  # seen anew, under the same key
-    assert again is not rows[1] and again.key == rows[1].key and torch.equal(again.embeds, rows[1].embeds)
+    assert calls == [1] and again.key == key and torch.equal(again.embeds, embeds)
 
 
 def test_rotary_positions_are_the_models_own() -> None:

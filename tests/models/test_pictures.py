@@ -112,6 +112,8 @@ def test_too_much_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     with pytest.raises(RequestError, match="together"):
         as_pictures([data] * 4)
     monkeypatch.setattr(pictures, "MAX_BYTES", len(data) - 1)
+    with pytest.raises(RequestError, match="is larger than"):
+        as_picture(Path("/dev/zero"))  # a device says that it has no bytes, and has them for ever
     (tmp_path / "a.png").write_bytes(data)
     for call in (lambda: as_picture(data), lambda: bytes_of_url(url_of(data)), lambda: as_picture(tmp_path / "a.png")):
         with pytest.raises(RequestError, match="larger than"):

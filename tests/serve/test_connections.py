@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 
@@ -154,3 +156,47 @@ def test_two_requests_after_each_other_share_a_connection(server: Running) -> No
         answer = reply_of(sock)
         assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" not in answer.lower()
     sock.close()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/nothing"])
+def test_who_sends_too_much_can_read_why(server: Running, path: str) -> None:
+    """A client that sends its whole body before it reads, and then wants the connection closed: the refusal comes before the end of
+    its body, and is not lost with the bytes that nobody reads."""
+    size = 6 << 20
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+        sock.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode())
+        for _ in range(size >> 16):
+            sock.sendall(b" " * (1 << 16))
+        answer = b""
+        while part := sock.recv(65536):
+            answer += part
+    assert answer.split(b" ")[1] == (b"413" if path == "/v1/completions" else b"404") and b'"message":' in answer
+
+
+def test_bytes_behind_a_refusal_are_heard_within_bounds(server: Running) -> None:
+    """Not longer than two seconds, and not more than some megabytes: then the connection is closed, and its place is free."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: text/plain\r\n"
+    for crumbs in (b"", b" " * (1 << 20)):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+            sock.sendall(head + b"Content-Length: 999999999\r\n\r\n")
+            sent = 0
+            with pytest.raises(OSError) if crumbs else nullcontext():
+                while crumbs and sent < 200 << 20:
+                    sent += sock.send(crumbs)
+            assert sent < 64 << 20
+        until(lambda: not server.server.server_state.connections, 10)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/nothing", "/health"])
+def test_what_is_no_http_is_answered_once(server: Running, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A body that breaks the rules of HTTP in the bytes of its head: the application does not answer too, which would be logged."""
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with caplog.at_level(logging.ERROR), socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+        sock.sendall(head.encode() + b"zz\r\n")
+        answer = b""
+        while part := sock.recv(65536):
+            answer += part
+        until(lambda: not server.server.server_state.connections, 10)
+    assert answer.count(b"HTTP/1.1") == 1 and answer.split(b" ")[1] == b"400"
+    assert not caplog.records

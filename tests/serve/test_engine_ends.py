@@ -6,10 +6,12 @@ import json
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from outrider.build import build_engine
+from outrider.serve.engine_thread import EngineThread
 from outrider.serve.tickets import Limits
 from tests.serve.harness import serving, until
 from tests.serve.test_robustness import LONG, SHORT, free
@@ -74,6 +76,20 @@ def test_a_dead_engine_thread_is_told_at_once(caplog: pytest.LogCaptureFixture, 
         assert running.call("POST", "/v1/completions", SHORT)[0] == 503
         assert running.bridge.held == 0 and not running.bridge.tickets
         assert running.server.state() == b"-"
+
+
+def test_the_end_of_the_thread_is_known_before_anybody_is_told() -> None:
+    """Requests that are open then are told. One that comes after must see that the thread executes nothing any more: otherwise it
+    would wait for its deadline, in the moments before the thread is gone."""
+    seen: list[bool] = []
+    idle = SimpleNamespace(busy=False)
+    worker = EngineThread(lambda: idle, None, lambda call: call(), lambda mail: None, lambda: seen.append(worker.running), 1.0)  # type: ignore[arg-type,return-value]
+    worker.start()
+    worker.started.result(10)
+    assert worker.running
+    worker.command(lambda: (_ for _ in ()).throw(SystemExit("planted")))
+    worker.join(10)
+    assert seen == [False] and worker.broken and not worker.running
 
 
 def test_a_hung_engine_is_noticed_and_forgiven() -> None:

@@ -157,6 +157,37 @@ def test_a_bad_field_is_named(server: Running, body: object, param: str | None) 
     assert set(error) == {"message", "type", "param", "code"}
 
 
+HALF = "\ud800"
+SAID = {"model": "pycode", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+
+
+def with_tool(**function: object) -> dict[str, object]:
+    return {**SAID, "tools": [{"type": "function", "function": {"name": "f", **function}}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", with_tool(parameters={HALF: {}}), "tools"),
+        ("/v1/chat/completions", with_tool(description=HALF), "tools"),
+        ("/v1/chat/completions", {**SAID, "chat_template_kwargs": {"a": [{"b": HALF}]}}, "chat_template_kwargs"),
+        ("/v1/responses", {"model": "pycode", "input": "x", "tools": [{"type": "function", "name": HALF}]}, "tools"),
+        ("/v1/messages", {**SAID, "tools": [{"name": "f", "input_schema": {"enum": [HALF]}}]}, "tools"),
+        ("/tokenize", {"model": "pycode", "messages": SAID["messages"], "tools": [{"x": HALF}]}, "tools"),
+        ("/v1/completions", {**SHORT, HALF: 1}, "?"),
+        ("/v1/completions", [HALF], None),
+    ],
+)
+def test_half_a_character_is_refused_wherever_it_stands(server: Running, path: str, body: object, param: str | None) -> None:
+    """Also in what is free of form: a name or a text of a tool's schema, which a template would be given."""
+    status, _, reply = server.call("POST", path, body)
+    error = json.loads(reply)["error"]
+    assert status == 400 and error["param"] == param and "half a surrogate pair" in error["message"]
+    whole = json.loads(json.dumps(body).replace("\\ud800", "\\ud83d\\ude00"))
+    again = server.call("POST", path, whole)
+    assert again[0] in (200, 400) and b"surrogate" not in again[2], "two halves are a character"
+
+
 def test_the_nearest_field_is_named(server: Running) -> None:
     for body, near in (
         ({**SHORT, "temprature": 1}, "temperature"),

@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 
 from outrider.build import Engine
+from outrider.models.hf import images
 from outrider.params import SamplingParams
 from outrider.pictured import ImagePrompt
 from outrider.serve import reading as reading_module
@@ -116,6 +117,15 @@ def test_the_images_of_a_prompt_are_seen_one_between_two_steps(server: Running, 
     noted(reader, "rows")
     answered(server, "/v1/chat/completions", chat(url(7), url(8)))
     assert done == ["see", "rows", "see", "rows", "admit", "rows", "rows"]
+
+
+def test_images_that_are_more_than_is_kept_are_seen_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt holds what was seen of it until it is queued, and its sequence from then on."""
+    seen, real = list[int](), images.entry_of
+    monkeypatch.setattr(images, "entry_of", lambda *given: (seen.append(1), real(*given))[1])
+    monkeypatch.setattr(images, "KEPT", 1)
+    answered(server, "/v1/chat/completions", chat(url(31), url(32), url(33)))
+    assert len(seen) == 3
 
 
 def refused(server: Running, path: str, body: dict[str, Any]) -> str:

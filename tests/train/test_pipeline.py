@@ -82,6 +82,22 @@ def test_rows_of_text(tmp_path: Path) -> None:
     assert written[2].text == "user|assistant"
 
 
+def test_a_completion_follows_its_prompt(tmp_path: Path) -> None:
+    """As the answer of a conversation that is written by the template, or as one text with it."""
+    rows = [
+        {"prompt": "one", "completion": " two"},
+        {"prompt": [{"role": "user", "content": "three"}], "completion": [{"role": "assistant", "content": "four"}]},
+        {"messages": [{"role": "user", "content": "five"}], "completion": "six"},
+        {"prompt": "seven"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [d.text for d in read_corpus([path])] == ["one two", "three\nfour", "five\nsix", "seven"]
+    render = lambda talk: "|".join(f"{m['role']}: {m['content']}" for m in talk.messages)  # noqa: E731
+    said = [d.text for d in read_corpus([path], render=render)]
+    assert said == ["user: one|assistant:  two", "user: three|assistant: four", "user: five|assistant: six", "seven"]
+
+
 @pytest.mark.parametrize("bad", ["{", "[1]", '{"text": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}'])
 def test_bad_rows_are_named_and_skipped_only_if_asked(tmp_path: Path, bad: str) -> None:
     path = tmp_path / "rows.jsonl"

@@ -30,12 +30,16 @@ def shipped_images() -> Path:
     return path
 
 
+def prompts_file() -> Path:
+    """Held-out prompts of the shipped pair's domain, none of whose files was seen in training: `prompt` and `source` per line."""
+    return HERE / "pycode" / "prompts.jsonl"
+
+
 def chat_prompts_file() -> Path:
     """Questions for chat models, written for this project: `messages` and a `category` per line."""
     return HERE / "chat" / "prompts.jsonl"
 
 
 def shipped_prompts() -> list[str]:
-    """Held-out prompts of the shipped pair's domain: none of their files was seen in training."""
-    lines = (HERE / "pycode" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prompt"] for line in lines]
+    """The prompts of `prompts_file`."""
+    return [json.loads(line)["prompt"] for line in prompts_file().read_text(encoding="utf-8").splitlines()]

@@ -36,19 +36,19 @@ Metric = Annotated[
 ]
 
 
-def prepare(path: Path, replay: int | None = None, metric: str | None = None) -> tuple[Any, list[Any], list[list[int]]]:
-    """The experiment of a file, its arms on one set of weights, and its prompts. replay, metric: instead of the file's."""
-    from outrider.evaluate.experiments.experiment import build_arms, changed, read_experiment
-    from outrider.evaluate.workloads import load_prompts, ready
+def prepare(e: Any, path: Path) -> tuple[list[Any], Any]:
+    """The arms of an experiment on one set of weights, and its prompts (`workloads.Ready`). path: the file it is from."""
+    from outrider.evaluate.experiments.experiment import build_arms
+    from outrider.evaluate.workloads import load_rows, ready
 
-    e = changed(read_experiment(path), replay=replay, metric=metric)
     lossy = any(a.get("allow_lossy") for a in e.arms.values())
     prompts = Path(e.prompts) if e.prompts else None
-    texts = load_prompts(prompts, e.count)
-    if len(texts) < e.batch * 5:
-        raise ConfigError(f"{path}: {len(texts)} prompts make fewer than five groups of {e.batch}: add prompts")
+    rows = load_rows(prompts, e.count)
+    if len(rows) < e.batch * 5:
+        raise ConfigError(f"{path}: {len(rows)} prompts make fewer than five groups of {e.batch}: add prompts")
     engine = load_engine(EngineOptions(target=paths.model(e.target), dtype=e.dtype, slots=e.batch, allow_lossy=lossy))
-    return e, build_arms(engine, e), ready(engine, prompts, texts, e.chat_template).ids
+    # replay follows continuations of the first turn: no reply of an arm's own comes into them
+    return build_arms(engine, e), ready(engine, prompts, rows, e.chat_template, whole=not e.replay)
 
 
 @ab_app.command("design", short_help="How many prompts an effect needs.")
@@ -73,7 +73,7 @@ def design(
     from outrider.evaluate.statistics.sequential import half_width_factor
 
     e = read_experiment(file)
-    sd = e.sd if e.sd is not None else run_pilot(file, pilot)
+    sd = e.sd if e.sd is not None else run_pilot(e, file, pilot)
     # speed and quality of every arm share the level, as `Experiment.share` does: as many comparisons as that
     d = plan(math.log1p(e.min_effect), sd, level=e.level, power=power, arms=1 + round(e.level / e.share))
     groups = e.count // e.batch
@@ -93,20 +93,19 @@ def design(
     console.print(f"put into the file              sd: {sd:.3f}, g: {d.g:.3g}")
 
 
-def run_pilot(file: Path, groups: int) -> float:
+def run_pilot(e: Any, file: Path, groups: int) -> float:
     """Largest standard deviation over the arms of the paired log ratio, from the first groups of the prompts."""
-    from dataclasses import replace
-
     import numpy as np
 
     from outrider.evaluate.measure import run_arms
     from outrider.params import SamplingParams
 
-    e, arms, prompts = prepare(file)
+    arms, prompts = prepare(e, file)
+    many = groups * e.batch
     params = SamplingParams(temperature=e.temperature, top_p=e.top_p, max_tokens=e.max_tokens, ignore_eos=True)
     with terminal.loading(f"pilot: {groups} prompt groups"):
         records = run_arms(
-            arms, prompts[: groups * e.batch], replace(params), batch=e.batch, repeats=1, seed=e.seed + 1
+            arms, prompts.ids[:many], params, batch=e.batch, repeats=1, seed=e.seed + 1, later=prompts.later[:many]
         )
     rate = {(r.arm, r.group): math.log(r.tokens / r.seconds) for r in records if r.tokens and not r.failed}
     seen = sorted({g for _, g in rate})
@@ -133,15 +132,23 @@ def run(
 
     Example: outrider ab run ab.yaml
     """
-    from outrider.evaluate.experiments.experiment import run_experiment
+    from outrider.evaluate.experiments.experiment import changed, read_experiment, run_experiment
     from outrider.evaluate.store.store import Store
 
-    e, arms, prompts = prepare(file, replay, metric)
+    e = changed(read_experiment(file), replay=replay, metric=metric)
+    arms, prompts = prepare(e, file)
     with Store(store) as db, terminal.loading(f"{e.name}: {len(arms)} arms") as progress:
         state = run_experiment(
-            e, arms, prompts, db, stop_early=not all_prompts, progress=lambda s: progress(s.groups / max(1, s.total))
+            e,
+            arms,
+            prompts.ids,
+            db,
+            later=prompts.later,
+            data=prompts.data,
+            stop_early=not all_prompts,
+            progress=lambda s: progress(s.groups / max(1, s.total)),
         )
-    raise typer.Exit(show(document_of(e, state), json))
+    raise typer.Exit(show(document_of(e, state, state.data), json))
 
 
 @ab_app.command("status", short_help="What an experiment says now.")
@@ -156,15 +163,23 @@ def status(
     """
     if live.is_live(name, store):
         raise typer.Exit(show_live(live.document(name, store), json))
-    from outrider.evaluate.experiments.experiment import Experiment, analyse
+    from outrider.evaluate.experiments.experiment import analyse
+
+    e, records, state = stored(name, store)
+    found = analyse(e, records, state["total"])
+    raise typer.Exit(show(document_of(e, found, state.get("data")), json))
+
+
+def stored(name: str, store: str) -> tuple[Any, list[Any], dict[str, Any]]:
+    """An experiment of a store, its records, and its state as it was saved."""
+    from outrider.evaluate.experiments.experiment import Experiment
     from outrider.evaluate.records import Record
     from outrider.evaluate.store.store import Store
 
     with Store(store, read_only=True) as db:
         run_id, config, state = db.experiment(name)
         records = [Record.from_dict(d) for d in db.records(run_id).values()]
-    e = Experiment(**{**config, "prompts": None})
-    raise typer.Exit(show(document_of(e, analyse(e, records, state["total"])), json))
+    return Experiment(**{**config, "prompts": None}), records, state
 
 
 @ab_app.command("rehearse", short_help="Try an experiment for live traffic.")
@@ -211,17 +226,12 @@ def report(
     """
     if live.is_live(name, store):
         raise ConfigError(f"{name!r} is on live traffic: `outrider ab status {name}` says how it stands")
-    from outrider.evaluate.experiments.experiment import Experiment, analyse
+    from outrider.evaluate.experiments.experiment import analyse
     from outrider.evaluate.experiments.report import write_experiment
-    from outrider.evaluate.records import Record
-    from outrider.evaluate.store.store import Store
 
-    with Store(store, read_only=True) as db:
-        run_id, config, state = db.experiment(name)
-        records = [Record.from_dict(d) for d in db.records(run_id).values()]
-    e = Experiment(**{**config, "prompts": None})
+    e, records, state = stored(name, store)
     states = [
         analyse(e, [r for r in records if r.group <= g], state["total"]) for g in sorted({r.group for r in records})
     ]
-    write_experiment(out, document_of(e, states[-1]), states, e)
+    write_experiment(out, document_of(e, states[-1], state.get("data")), states, e)
     terminal.err.print(f"outrider: wrote {out}")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from outrider.cli import paths, tables, terminal
 from outrider.cli.engine_options import ENGINE, load_engine
-from outrider.cli.options import ChatTemplate, Json
+from outrider.cli.options import ChatTemplate, Json, refuse_beside
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError
@@ -84,6 +84,10 @@ class AuditedBy:
             raise ConfigError(f"--level and --detect lie between 0 and 1, got {self.level:g} and {self.detect:g}")
         if sum(x is not None for x in (self.url, self.python, self.texts)) > 1:
             raise ConfigError("--url, --python and --texts each name a generator: use one")
+        if self.texts is not None:  # they have their prompts, and as many texts of each as they have
+            refuse_beside("texts", self, ("prompts", "chat_template", "count", "samples"))
+        if self.model is not None and self.url is None:
+            raise ConfigError("--model is the model's name at --url: add it, or leave this out")
         if self.url is not None:
             base_of(self.url)
 
@@ -103,15 +107,15 @@ def audit(options: EngineOptions, asked: AuditedBy, sampling: Any, json: Json = 
 
     Example: outrider audit --count 4 --max-tokens 16
     """
-    from outrider.evaluate.workloads import Ready, load_prompts, ready
+    from outrider.evaluate.workloads import load_rows, ready
 
     asked.check()
-    written = [] if asked.texts else load_prompts(asked.prompts, asked.count)
+    rows = [] if asked.texts else load_rows(asked.prompts, asked.count)
     engine = load_engine(replace(options, slots=1 if asked.other else 8))
-    found = Ready([], {}) if asked.texts else ready(engine, asked.prompts, written, asked.chat_template)
-    source, prompts, samples = source_of(asked, engine, sampling, options.target, found.ids)
+    found = None if asked.texts else ready(engine, asked.prompts, rows, asked.chat_template)
+    source, prompts, samples = source_of(asked, engine, sampling, options.target, [] if found is None else found.ids)
     document, code = answered(engine, source, prompts, sampling, asked, samples)
-    document |= {"data": found.data} if found.data else {}
+    document |= {} if found is None else {"data": found.data}
     document["generator"] = asked.other or f"{engine.parts.drafter.name} / {engine.parts.rule.name}"
     terminal.print_json(document) if json else print_document(document)
     raise typer.Exit(code)

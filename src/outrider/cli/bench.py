@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outrider.cli import bench_document as doc
 from outrider.cli import terminal
@@ -15,6 +15,9 @@ from outrider.cli.options import Json, parse_lengths
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
 from outrider.options import EngineOptions
+
+if TYPE_CHECKING:
+    from outrider.evaluate.workloads import Ready
 
 
 @takes(ENGINE, "options", leave_out=("length", "lengths", "slots"), prefix_cache=False)  # the same prompts come again
@@ -27,9 +30,9 @@ def bench(options: EngineOptions, asked: BenchOptions, sampling: Any, json: Json
 
     Example: outrider bench --lengths 0,4 --store outrider.db --name monday
     """
-    from outrider.evaluate.workloads import load_prompts, ready
+    from outrider.evaluate.workloads import load_rows, ready
 
-    prompts = load_prompts(asked.prompts, asked.count)  # what cannot be read is said before PyTorch is imported
+    rows = load_rows(asked.prompts, asked.count)  # what cannot be read is said before PyTorch is imported
     from outrider.evaluate.bench import presets
     from outrider.evaluate.records import summarise
     from outrider.evaluate.store.runlog import RunLog
@@ -40,15 +43,15 @@ def bench(options: EngineOptions, asked: BenchOptions, sampling: Any, json: Json
     asked.check()
     draft = options.draft if asked.preset is None else "none"
     engine = load_engine(replace(options, draft=draft, length=max(s.length for s in specs), slots=asked.batch))
-    texts, data = ready(engine, asked.prompts, prompts, asked.chat_template)
+    prompts = ready(engine, asked.prompts, rows, asked.chat_template, whole=True)
     arms, absent = presets.arms_of(engine, specs, options.draft)
     tell_absent(engine, arms, absent)
-    log = RunLog(asked.store, asked.name, configuration(options, asked, sampling, specs, texts))
-    records = measure(arms, texts, sampling, asked.plan, log, engine.parts.target if asked.quality else None)
+    log = RunLog(asked.store, asked.name, configuration(options, asked, sampling, specs, prompts))
+    records = measure(arms, prompts, sampling, asked.plan, log, engine.parts.target if asked.quality else None)
     document = doc.to_document(
         summarise(records, arms[0].name), engine, sampling, asked.batch, asked.repeats, asked.price_per_hour
     )
-    document |= {"prompts": fingerprint(texts), "absent": absent, "seed": asked.seed, "data": data}
+    document |= {"prompts": fingerprint(prompts.ids), "absent": absent, "seed": asked.seed, "data": prompts.data}
     doc.name_parts(document, arms)
     files: list[Path] = []
     if machine is not None:
@@ -56,7 +59,7 @@ def bench(options: EngineOptions, asked: BenchOptions, sampling: Any, json: Json
         folder = asked.figures or Path("runs/chart")
         files = doc.draw_charts(document, records, engine, arms, specs, machine, folder)
     if asked.compat is not None:
-        document["spec_bench"] = doc.spec_bench(records, engine, asked.prompts, asked.count, asked.answers)
+        document["spec_bench"] = doc.spec_bench(records, engine, prompts.rows, asked.answers)
     log.finish(document)
     hand_out(document, records, files, asked, json)
 
@@ -69,7 +72,7 @@ def tell_absent(engine: Any, arms: list[Any], absent: dict[str, str]) -> None:
 
 
 def configuration(
-    options: EngineOptions, asked: BenchOptions, sampling: Any, specs: Any, texts: list[list[int]]
+    options: EngineOptions, asked: BenchOptions, sampling: Any, specs: Any, prompts: Ready
 ) -> dict[str, Any]:
     """What a run in a store is known by: an unfinished one goes on only with the same."""
     drawn = {k: getattr(sampling, k) for k in ("temperature", "top_p", "max_tokens")} | {"quality": asked.quality}
@@ -79,7 +82,9 @@ def configuration(
     named |= {} if options.target_quantize is None else {"quantize_target": options.target_quantize}
     named |= {} if options.kv_dtype == "auto" else {"kv_dtype": options.kv_dtype}
     named |= {k: getattr(options, k) for k in ("implementation", "device", "max_length")}
-    return {**asked.plan, **drawn, **named, "arms": [(s.name, s.draft, s.length) for s in specs], "prompts": texts}
+    turns = [list(row.turns) for row in prompts.rows if row.turns]
+    named |= {"turns": turns} if turns else {}
+    return {**asked.plan, **drawn, **named, "arms": [(s.name, s.draft, s.length) for s in specs], "prompts": prompts.ids}
 
 
 def hand_out(document: dict[str, Any], records: list[Any], files: list[Path], asked: BenchOptions, json: bool) -> None:
@@ -95,18 +100,19 @@ def hand_out(document: dict[str, Any], records: list[Any], files: list[Path], as
 
 
 def measure(
-    arms: list[Any], texts: list[list[int]], params: Any, plan: dict[str, int], log: Any, judge: Any
+    arms: list[Any], prompts: Ready, params: Any, plan: dict[str, int], log: Any, judge: Any
 ) -> list[Any]:
     """Records of every arm on every group of prompts, kept in `log` as they come. judge: a target that scores them, or None."""
-    from outrider.evaluate.measure import run_arms
+    from outrider.evaluate.measure import grouped, run_arms
     from outrider.evaluate.scoring.quality import with_quality
 
-    batch = plan["batch"]
-    groups = [texts[i : i + batch] for i in range(0, len(texts), batch)]
+    texts, groups = prompts.ids, grouped(prompts.ids, plan["batch"])
 
     def keep(record: Any) -> Any:
         return log.keep(record if judge is None else with_quality(judge, groups[record.group], record))
 
     with terminal.loading(f"measuring {len(arms)} arms on {len(texts)} prompts") as progress:
         tick = terminal.counter(progress, len(groups) * plan["repeats"] * len(arms))
-        return run_arms(arms, texts, params, **plan, progress=tick, known=log.known(), keep=keep)
+        return run_arms(
+            arms, texts, params, **plan, later=prompts.later, progress=tick, known=log.known(), keep=keep
+        )

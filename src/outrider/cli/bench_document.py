@@ -82,17 +82,17 @@ def draw_charts(
 
 
 def spec_bench(
-    records: list[Any], engine: Any, prompts: Path | None, count: int, folder: Path | None
+    records: list[Any], engine: Any, rows: list[Any], folder: Path | None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Spec-Bench's numbers for every arm but plain decoding, and its answer files if a folder is given."""
+    """Spec-Bench's numbers for every arm but plain decoding, and its answer files if a folder is given. rows: of the prompts."""
     import json
     from dataclasses import asdict
 
     from outrider.evaluate.bench import spec_bench as sb
-    from outrider.evaluate.workloads import load_questions
+    from outrider.evaluate.workloads import questions_of
     from outrider.files import write_whole
 
-    questions = load_questions(prompts, count)
+    questions = questions_of(rows)
     decode = lambda ids: engine.tokenizer.decode(list(ids))  # noqa: E731
     if folder is not None:
         for arm in dict.fromkeys(r.arm for r in records):
@@ -108,6 +108,6 @@ def write_document(path: Path, document: dict[str, Any], records: list[Any]) -> 
     import json
     from dataclasses import asdict
 
-    raw = [{k: v for k, v in asdict(r).items() if k != "outputs"} | {"outputs": []} for r in records]
+    raw = [{**asdict(r), "outputs": [], "asked": []} for r in records]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(terminal.clean({**document, "records": raw}), indent=1), encoding="utf-8")

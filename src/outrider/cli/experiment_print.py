@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
 from outrider.cli import tables, terminal
+from outrider.evaluate.workloads import told
 
 METRICS = {"speed": "speed over base", "acceptance": "tokens per call over base"}
 
 
-def document_of(e: Any, state: Any) -> dict[str, Any]:
-    """A state as plain data; unbounded intervals become null."""
+def document_of(e: Any, state: Any, data: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A state as plain data; unbounded intervals become null. data: what is said of the prompts; none of experiments of older
+    releases."""
     from dataclasses import asdict
 
     comparisons = []
@@ -30,7 +33,7 @@ def document_of(e: Any, state: Any) -> dict[str, Any]:
             }
         )
     head = {"experiment": e.name, "metric": e.metric, "groups": state.groups, "total": state.total, "lossy": e.lossy}
-    return head | {"comparisons": comparisons}
+    return head | ({"data": dict(data)} if data else {}) | {"comparisons": comparisons}
 
 
 def ratio_of(log: Any) -> dict[str, float | None]:
@@ -90,6 +93,8 @@ def show(document: dict[str, Any], json: bool) -> int:
             c["decision"] + "".join(f"\n{v}" for v in c["vetoes"]),
         )
     tables.show(table)
+    if "data" in document:
+        terminal.console().print(f"prompts: {told(document['data'])}")
     return code
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from outrider.cli import terminal
 from outrider.cli.engine_options import load_engine
 from outrider.cli.experiment_print import ratio_of
 from outrider.errors import CapacityError
@@ -14,20 +16,24 @@ from outrider.options import EngineOptions
 
 ROOM = 8
 """Requests of a rehearsal that are in the server at once."""
+Prompted = Callable[[Any], list[list[int]]]
+"""From an engine to the tokens of the prompts that it is asked."""
 
 
 # ----------------------------------------------------------------- rehearsals
-async def rehearse(app: Any, model: str, prompts: list[str], requests: int, users: int, tokens: int) -> int:
-    """Send `requests` requests of `users` users through the application, without a socket; how many were answered."""
+async def rehearse(app: Any, model: str, prompts: Prompted, requests: int, users: int, tokens: int) -> int:
+    """Send `requests` requests of `users` users through the application, without a socket; how many were answered. prompts: what
+    the application's engine is to be asked, as its target takes it."""
     room = asyncio.Semaphore(ROOM)
 
-    async def one(i: int) -> int:
-        body = {"model": model, "prompt": prompts[i % len(prompts)], "max_tokens": tokens, "user": f"user {i % users}"}
+    async def one(i: int, prompt: list[int]) -> int:
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "user": f"user {i % users}"}
         async with room:
             return (await post(app, "/v1/completions", body))[0]
 
     async with app.router.lifespan_context(app):
-        statuses = await asyncio.gather(*(one(i) for i in range(requests)))
+        asked = prompts(app.state.bridge.engine)
+        statuses = await asyncio.gather(*(one(i, asked[i % len(asked)]) for i in range(requests)))
     return sum(status == 200 for status in statuses)
 
 
@@ -46,26 +52,41 @@ async def post(app: Any, path: str, body: dict[str, Any], headers: dict[str, str
 def run_rehearsal(file: Path, store: str, requests: int, users: int, options: EngineOptions, tokens: int) -> str:
     """Serve an experiment in this process to users that are made up; the name under which it is kept."""
     from outrider.evaluate.experiments.experiment import read_experiment
-    from outrider.evaluate.experiments.live import trial_of
-    from outrider.evaluate.workloads import load_prompts, plain_texts
+    from outrider.evaluate.experiments.live import trial_from
     from outrider.serve.app import create_app
     from outrider.serve.settings import Settings, model_name
 
-    name, target = f"{file.stem} rehearsal", read_experiment(file).target
-    options = options.changed(target=target)
-    trial = trial_of(file, store, options, fixed=True, name=name)
+    e = read_experiment(file)
+    name, served = f"{file.stem} rehearsal", options.changed(target=e.target)
+    prompts = prompts_of(e)
+    trial = trial_from(e, store, served, fixed=True, name=name)
     app = create_app(
-        lambda **wiring: load_engine(options, **wiring),
-        Settings(model_name(target)),
+        lambda **wiring: load_engine(served, **wiring),
+        Settings(model_name(e.target)),
         adaptive=False,
         trial=trial,
     )
-    prompts = plain_texts(load_prompts(Path(trial.e.prompts) if trial.e.prompts else None, trial.e.count))
-    answered = asyncio.run(rehearse(app, model_name(target), prompts, requests, users, tokens))
+    answered = asyncio.run(rehearse(app, model_name(e.target), prompts, requests, users, tokens))
     end(name, store)
     if answered < requests:
         raise CapacityError(f"{requests - answered} of {requests} requests were refused: see `ab status`")
     return name
+
+
+def prompts_of(e: Any) -> Prompted:
+    """The prompts of an experiment, as they are taken by `ab run`; which they were is said. What cannot be read is said before a
+    model is loaded."""
+    from outrider.evaluate.workloads import load_rows, ready, told
+
+    path = Path(e.prompts) if e.prompts else None
+    rows = load_rows(path, e.count)
+
+    def taken(engine: Any) -> list[list[int]]:
+        found = ready(engine, path, rows, e.chat_template)
+        terminal.say(f"prompts: {told(found.data)}")
+        return found.ids
+
+    return taken
 
 
 # ----------------------------------------------------------------- how it stands

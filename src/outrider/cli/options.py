@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from outrider.cli import paths
+from outrider.cli.takes import defaults_of
 from outrider.errors import ConfigError
 
 STORE = "outrider.db"
@@ -52,6 +54,28 @@ RayAddress = Annotated[
         "--address", help="With --on ray: the cluster, as auto. Default: one is started here.", show_default=False
     ),
 ]
+
+
+_SPELLED = {"overhead": "--overhead-ms", "chat_template": "--no-chat-template", "ignore_eos": "--stop-at-eos"}
+"""Options whose names on the command line are not those of their fields, and flags by what asks for another than the default."""
+
+
+def spelled(name: str) -> str:
+    """The option of a field, as it is written on the command line."""
+    return _SPELLED.get(name, f"--{name.replace('_', '-')}")
+
+
+def given_of(asked: Any) -> set[str]:
+    """The fields of a command's options that have another value than their default."""
+    return {name for name, usual in defaults_of(type(asked)).items() if getattr(asked, name) != usual}
+
+
+def refuse_beside(mode: str, asked: Any, names: Iterable[str]) -> None:
+    """ConfigError for the first of these fields that was given although it says nothing beside the option `mode`."""
+    given = given_of(asked)
+    for name in names:
+        if name in given:
+            raise ConfigError(f"{spelled(name)} says nothing beside {spelled(mode)}: leave out one of them")
 
 
 def parse_acceptance(text: str, drafts: int) -> list[float]:

@@ -52,59 +52,79 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
     """
     check_together(asked)
     if asked.gpus is not None:
-        if options != EngineOptions(slots=options.slots, prefix_cache=False):
-            raise ConfigError(
-                "--gpus plans on paper: the options of an engine (--rule, --dtype, ...) say nothing there"
-            )
-        show(
-            plan_paper.paper_document(asked.target, sampling.max_tokens, asked), asked.out, json, plan_paper.print_paper
-        )
+        on_paper(options, asked, sampling, json)
         return
     options = options.changed(target=paths.model(asked.target))
     if asked.contexts is not None:
-        plan_contexts.parse_contexts(asked.contexts)  # what is wrong is said before a model is loaded
-        named = plan_contexts.drafts_of(list(asked.draft or []))
-        parse_acceptance(asked.acceptance, len(named))
-        lengths, batches = parse_lengths(asked.lengths), parse_batches(asked.batches)
-        engine = load_engine(options.changed(draft="none"))
-        document = plan_contexts.contexts_document(engine, lengths, batches, asked)
-        show(document, asked.out, json, plan_contexts.print_contexts)
+        long_contexts(options, asked, json)
         return
-    named = paths.drafter(asked.draft) or ["auto"]  # what leads nowhere is said before anything heavy is imported
+    paths.drafter(asked.draft)  # what leads nowhere is said before anything heavy is imported
+    raise typer.Exit(measured(options, asked, sampling, json))
+
+
+def on_paper(options: EngineOptions, asked: PlanOptions, sampling: Any, json: bool) -> None:
+    """`--gpus`: from data sheets. Raises ConfigError for the options of an engine, which say nothing there."""
+    if options != EngineOptions(slots=options.slots, prefix_cache=False):
+        raise ConfigError("--gpus plans on paper: the options of an engine (--rule, --dtype, ...) say nothing there")
+    document = plan_paper.paper_document(asked.target, sampling.max_tokens, asked)
+    show(document, asked.out, json, plan_paper.print_paper)
+
+
+def long_contexts(options: EngineOptions, asked: PlanOptions, json: bool) -> None:
+    """`--contexts`: passes are timed, and acceptance is given."""
+    plan_contexts.parse_contexts(asked.contexts or "")  # what is wrong is said before a model is loaded
+    parse_acceptance(asked.acceptance, len(plan_contexts.drafts_of(list(asked.draft or []))))
+    lengths, batches = parse_lengths(asked.lengths), parse_batches(asked.batches)
+    engine = load_engine(options.changed(draft="none"))
+    document = plan_contexts.contexts_document(engine, lengths, batches, asked)
+    show(document, asked.out, json, plan_contexts.print_contexts)
+
+
+def measured(options: EngineOptions, asked: PlanOptions, sampling: Any, json: bool) -> int:
+    """A ranking, or with `--traffic` a fleet, from prompts and times of this machine; the exit code."""
     from outrider.evaluate.workloads import load_rows
 
-    load_rows(asked.prompts, asked.count)
-    from outrider.evaluate.measure import machine
-    from outrider.evaluate.planning import plan as pl
-    from outrider.evaluate.scoring.score import VERIFICATION, load_items, ready_items
+    rows = load_rows(asked.prompts, asked.count)
+    from outrider.evaluate.scoring.score import VERIFICATION, ready_items
 
-    drafts, wanted, sizes = named, parse_lengths(asked.lengths), parse_batches(asked.batches)
+    drafts, lengths = list(asked.draft or ["auto"]), parse_lengths(asked.lengths)
+    most = max(parse_batches(asked.batches))
     if options.rule not in ("auto", *VERIFICATION):
         raise ConfigError(f"plan predicts {', '.join(VERIFICATION)}; rule {options.rule!r} can be measured with bench")
-    items = load_items(asked.prompts, asked.count)
-    if asked.check and len(items) < 2 * max(sizes):
-        raise ConfigError(f"--check at batch {max(sizes)} needs at least {2 * max(sizes)} prompts: raise --count")
+    if asked.check and len(rows) < 2 * most:
+        raise ConfigError(f"--check at batch {most} needs at least {2 * most} prompts: raise --count")
     plan_launch.check_options(asked)
-    engine = load_engine(options.changed(draft=drafts[0], length=max(wanted)))
-    items, data = ready_items(engine, asked.prompts, items, asked.chat_template)
+    engine = load_engine(options.changed(draft=drafts[0], length=max(lengths)))
+    items, data = ready_items(engine, asked.prompts, rows, asked.chat_template)
     if asked.traffic is not None:
-        document = plan_fleet.fleet_document(engine, drafts[0], wanted, items, sampling, asked)
+        document = plan_fleet.fleet_document(engine, drafts[0], lengths, items, sampling, asked) | {"data": data}
         show(document, asked.out, json, plan_fleet.print_fleet)
-        return
-    calls, models = predicted_calls(engine, drafts, wanted, items, sampling, asked.seed)
-    timings = timed(engine, drafts, wanted, sizes, items, sampling, asked)
-    choices = pl.rank(timings, calls)
-    path = engine.loaded.path if engine.loaded is not None else None
-    document = document_of(choices, sizes, asked.price, models, options.rule, path)
-    document |= {"predicted": sorted(calls), "machine": machine(), "data": data}
+        return 0
+    document, code = ranked(engine, drafts, lengths, items, sampling, asked)
+    show(document | {"data": data}, asked.out, json, print_document)
+    return code
+
+
+def ranked(
+    engine: Any, drafts: list[str], lengths: list[int], items: Any, sampling: Any, asked: PlanOptions
+) -> tuple[dict[str, Any], int]:
+    """The document of a ranking, and the exit code of its check."""
+    from outrider.evaluate.measure import machine
+    from outrider.evaluate.planning import plan as pl
+
+    rule, sizes = engine.loaded.options.rule, parse_batches(asked.batches)
+    calls, models = predicted_calls(engine, drafts, lengths, items, sampling, asked.seed)
+    timings = timed(engine, drafts, lengths, sizes, items, sampling, asked)
+    choices, path = pl.rank(timings, calls), engine.loaded.path
+    document = document_of(choices, sizes, asked.price, models, rule, path)
+    document |= {"predicted": sorted(calls), "machine": machine()}
     document |= {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
     code = 0
     if asked.check:
         document["check"], code = checked(choices, timings, asked.within)
     if asked.vllm is not None or asked.ray:
-        document["launch"] = plan_launch.launch_document(choices, models, path, engine, options.rule, asked)
-    show(document, asked.out, json, print_document)
-    raise typer.Exit(code)
+        document["launch"] = plan_launch.launch_document(choices, models, path, engine, rule, asked)
+    return document, code
 
 
 def show(document: dict[str, Any], out: Path | None, json: bool, printer: Callable[[dict[str, Any]], None]) -> None:

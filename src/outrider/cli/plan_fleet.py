@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from outrider.cli import tables, terminal
+from outrider.evaluate.workloads import told
 
 
 def fleet_document(
@@ -63,6 +64,7 @@ def print_fleet(d: dict[str, Any]) -> None:
         f"simulated, from step times and acceptance measured here: {d['requests']} requests, {d['rate']:.3g} a second, prompts of "
         f"{d['prompt_tokens']:.0f} and outputs of {d['output_tokens']:.0f} tokens on average, {d['slots']} slots a replica"
     )
+    out.print(f"prompts: {told(d['data'])}")
     table = Table()
     priced = any(a.get(k) and a[k]["price_per_hour"] is not None for a in d["arms"].values() for k in ("at", "fewest"))
     for name in (

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from outrider.cli import paths
-from outrider.cli.options import ChatTemplate, Traffic
-from outrider.cli.takes import defaults_of
+from outrider.cli.options import ChatTemplate, Traffic, given_of, refuse_beside, spelled
 from outrider.errors import ConfigError
 
 
@@ -200,8 +199,8 @@ _WITHOUT: dict[str, tuple[str, ...]] = {
 }
 """An option, and those that say nothing without it. Numbers that only say how much is measured or drawn are taken everywhere."""
 _BESIDE: dict[str, tuple[str, ...]] = {
-    "gpus": ("traffic", "prompts", "check", "replicas", "vllm", "ray", "contexts"),
-    "contexts": ("traffic", "prompts", "count", "check", "replicas", "vllm", "ray", "price", "seed"),
+    "gpus": ("traffic", "prompts", "chat_template", "check", "replicas", "vllm", "ray", "contexts"),
+    "contexts": ("traffic", "prompts", "chat_template", "count", "check", "replicas", "vllm", "ray", "price", "seed"),
     "traffic": ("batches", "check", "vllm", "ray"),
 }
 """An option, and those that say nothing beside it."""
@@ -209,15 +208,14 @@ _BESIDE: dict[str, tuple[str, ...]] = {
 
 def check_together(asked: PlanOptions) -> None:
     """Raises ConfigError, before anything is measured, for an option that would be ignored or a file that would not be written."""
-    given = {name for name, usual in defaults_of(PlanOptions).items() if getattr(asked, name) != usual}
+    given = given_of(asked)
     for needed, options in _WITHOUT.items():
         for name in options:
             if name in given and needed not in given:
-                raise ConfigError(f"{_spelled(name)} says nothing without --{needed}: add it, or leave this out")
+                raise ConfigError(f"{spelled(name)} says nothing without --{needed}: add it, or leave this out")
     for mode, options in _BESIDE.items():
-        for name in options:
-            if name in given and mode in given:
-                raise ConfigError(f"{_spelled(name)} says nothing beside --{mode}: leave out one of them")
+        if mode in given:
+            refuse_beside(mode, asked, options)
     if "acceptance" in given and not given & {"gpus", "contexts"}:
         raise ConfigError("--acceptance says nothing without --gpus or --contexts: acceptance is measured here")
     if asked.replicas is not None and asked.traffic is None and not asked.ray:
@@ -229,7 +227,3 @@ def check_together(asked: PlanOptions) -> None:
         raise ConfigError(f"{asked.out}: a YAML file is what --ray writes; add --ray, or name a .json or .md file")
     if suffix == ".md" and given & {"gpus", "traffic", "contexts"}:
         raise ConfigError(f"{asked.out}: only a ranking is written as Markdown; name a .json file")
-
-
-def _spelled(name: str) -> str:
-    return "--overhead-ms" if name == "overhead" else f"--{name}"

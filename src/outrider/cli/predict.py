@@ -11,7 +11,7 @@ import typer
 
 from outrider.cli import paths, terminal
 from outrider.cli.engine_options import ENGINE, load_engine
-from outrider.cli.options import ChatTemplate, Json
+from outrider.cli.options import ChatTemplate, Json, refuse_beside
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError
@@ -107,14 +107,11 @@ def predict(options: EngineOptions, asked: PredictOptions, sampling: Any, json: 
     """
     from outrider.evaluate.workloads import load_rows
 
-    if asked.drafting not in ("sampled", "greedy"):
-        raise ConfigError(f"--drafting is sampled or greedy, got {asked.drafting!r}")
-    if asked.from_logs is not None and asked.measure:
-        raise ConfigError("--measure needs the models and --from-logs loads none: give --draft-cost instead")
+    check_together(options, asked, sampling)
+    # what cannot be read is said before PyTorch is imported, and is read once: it may be a pipe
     logged = None if asked.from_logs is None else read_texts(asked.from_logs)
-    if logged is None:
-        load_rows(asked.prompts, asked.count)  # what cannot be read is said before PyTorch is imported
-    from outrider.evaluate.planning import predict_report as pr  # here: a bad log is refused before PyTorch is imported
+    rows = load_rows(asked.prompts, asked.count) if logged is None else []
+    from outrider.evaluate.planning import predict_report as pr
 
     costs = parse_costs(asked.draft_cost, asked.verify_cost)
     if costs is not None and asked.measure:
@@ -123,7 +120,7 @@ def predict(options: EngineOptions, asked: PredictOptions, sampling: Any, json: 
     if logged is not None:
         document, at = of_logs(str(asked.from_logs), logged, costs), None
     else:
-        document, at = of_models(options, sampling, asked, costs), sampling.temperature
+        document, at = of_models(options, sampling, asked, rows, costs), sampling.temperature
     texts = document.pop("_texts")
     if asked.save_logs is not None:
         write_logs(asked.save_logs, texts)
@@ -138,6 +135,25 @@ def predict(options: EngineOptions, asked: PredictOptions, sampling: Any, json: 
         print_document(document)
     if any(not c["agrees"] for c in document.get("check", ())):
         raise typer.Exit(1)
+
+
+MODELS = ("prompts", "chat_template", "count", "samples", "batch", "ignore_eos", "seed", "rows")
+"""Options of a prediction for which models write texts: a log has its texts."""
+
+
+def check_together(options: EngineOptions, asked: PredictOptions, sampling: Any) -> None:
+    """Raises ConfigError, before anything is read, for what a log would leave without effect."""
+    from outrider.params import SamplingParams
+
+    if asked.drafting not in ("sampled", "greedy"):
+        raise ConfigError(f"--drafting is sampled or greedy, got {asked.drafting!r}")
+    if asked.from_logs is None:
+        return
+    if asked.measure:
+        raise ConfigError("--measure needs the models and --from-logs loads none: give --draft-cost instead")
+    refuse_beside("from_logs", asked, MODELS)
+    if options != EngineOptions(length=options.length, slots=options.slots) or sampling != SamplingParams():
+        raise ConfigError("--from-logs loads no model: the options of an engine and of sampling say nothing beside it")
 
 
 def parse_costs(draft_cost: float | None, verify_cost: str | None) -> Any:
@@ -164,11 +180,11 @@ def read_texts(path: Path) -> list[Any]:
     """The texts of a log."""
     from outrider.theory.logs import read_log
 
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give a JSONL log of texts")
     try:
         with path.open(encoding="utf-8-sig") as lines:
             return read_log(lines, str(path))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): give a JSONL log of texts") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text") from None
     except ValueError as error:
@@ -183,7 +199,9 @@ def of_logs(source: str, texts: list[Any], costs: Any) -> dict[str, Any]:
         return {"source": source, **pr.report(texts, costs), "_texts": texts}
 
 
-def of_models(options: EngineOptions, sampling: Any, asked: PredictOptions, costs: Any) -> dict[str, Any]:
+def of_models(
+    options: EngineOptions, sampling: Any, asked: PredictOptions, rows: list[Any], costs: Any
+) -> dict[str, Any]:
     """Sample, score, measure, report; the document says which share of the time was spent in models.
 
     The engine only loads; what samples is its companion.
@@ -196,9 +214,8 @@ def of_models(options: EngineOptions, sampling: Any, asked: PredictOptions, cost
     from outrider.evaluate.scoring.costs import measure_costs
 
     params = replace(sampling, n=asked.samples, ignore_eos=asked.ignore_eos)
-    items = ev.load_items(asked.prompts, asked.count)
     engine = load_engine(options)
-    items, data = ev.ready_items(engine, asked.prompts, items, asked.chat_template)
+    items, data = ev.ready_items(engine, asked.prompts, rows, asked.chat_template)
     model, clock = ev.draft_model(engine), ev.Clock()
     start = perf_counter()
     with terminal.loading(f"sampling {len(items)} prompts from the target alone") as progress:

@@ -97,7 +97,7 @@ def run(app: Any, asked: ServeOptions, settings: Settings, listener: socket.sock
     told.open = lambda: len(app.state.bridge.tickets)
     try:
         say = silent if asked.replica else told
-        server_for(app, settings, asked.host, port, line, say).run([listener])
+        server_for(app, settings, asked.host, port, line, say, app.state.bridge.warm).run([listener])
     except KeyboardInterrupt:  # while it loaded
         end_now()
 

@@ -187,7 +187,7 @@ def done_in(store: str, plan: Any) -> dict[str, str]:
 
 def show(document: dict[str, Any]) -> None:
     """The document for people."""
-    from outrider.evaluate.sweep.report import COLUMNS, rows_of
+    from outrider.evaluate.sweep.report import COLUMNS, prompts_of, rows_of
 
     console = terminal.console()
     table = Table(title=f"{document['plan']}: {document['cells']} cells", title_justify="left")
@@ -196,6 +196,8 @@ def show(document: dict[str, Any]) -> None:
     for row in rows_of(document):
         table.add_row(*row)
     tables.show(table, console)
+    for label, said in prompts_of(document):
+        console.print(f"prompts ({label}): {said}")
     for m in document["machines"].values():
         console.print(f"{m['cells']} cells in {m['seconds']:.0f} s on {m['node']} ({m['cpu']}, {m['threads']} threads)")
     for f in document["failed"]:

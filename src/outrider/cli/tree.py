@@ -12,6 +12,7 @@ from outrider.cli.options import ChatTemplate, Json, Traffic
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError
+from outrider.evaluate.workloads import told
 from outrider.options import EngineOptions
 
 
@@ -39,9 +40,9 @@ def tree(
 
     Example: outrider tree --nodes 8 --depth 3 --count 4 --max-tokens 32
     """
-    from outrider.evaluate.workloads import load_prompts, ready
+    from outrider.evaluate.workloads import load_rows, ready
 
-    asked = load_prompts(prompts, count)
+    rows = load_rows(prompts, count)
     from outrider.build import companion
     from outrider.evaluate.planning import tree as tr
 
@@ -50,14 +51,14 @@ def tree(
     model = next((key.name for key in loaded), None) if options.draft == "auto" else options.draft
     if model is None:
         raise ConfigError("no draft model beside this target: name one with --draft")
-    texts = ready(engine, prompts, asked, chat_template).ids
+    texts, data, *_ = ready(engine, prompts, rows, chat_template)
     engine = companion(engine, "none", length=0)
     with terminal.loading("measuring acceptance by rank"):
         ranks = tr.measure_ranks(engine, model, texts, sampling, width)
     with terminal.loading("measuring steps"):
         times = tr.measure_times(engine, model, texts[:4], sampling, ranks, most=nodes, depth=depth)
     found = tr.advise(ranks, times, depth)
-    document = document_of(ranks, times, found, model)
+    document = document_of(ranks, times, found, model) | {"data": data}
     terminal.print_json(document) if json else print_document(document)
 
 
@@ -95,6 +96,7 @@ def print_document(d: dict[str, Any]) -> None:
         )
         for line in draw_tree(drawn):
             typer.echo("  " + line)
+    typer.echo(f"prompts: {told(d['data'])}")
     by_rank = ", ".join(f"{a:.3f} ± {e:.3f}" for a, e in zip(d["acceptance_by_rank"], d["standard_error"], strict=True))
     typer.echo(f"acceptance by rank ({d['node_sets']} node sets): {by_rank}")
     steps = ", ".join(f"{n}: {1e3 * s:.2f}" for n, s in d["step_seconds"].items())

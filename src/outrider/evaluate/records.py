@@ -17,11 +17,13 @@ Key = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One request: seconds from its submission to its first tokens and to its end, and its tokens."""
+    """One request: seconds from its submission to its first tokens and to its end, its tokens, and the steps of all sequences of
+    its group meanwhile (0 in records of older releases)."""
 
     first: float
     end: float
     tokens: int
+    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Record:
     nll: negative log-likelihood of the outputs under the target, in nats, where it was asked for.
     joules: energy of the machine's processors meanwhile, where it reports it. machine: where and with what it ran (`machine`).
     replayed: target calls per token that replay expects of this arm along continuations that no arm wrote (`continuations`).
+    asked: the prompts of the outputs, where some were made of replies; otherwise they are those of the group, and it is empty.
     """
 
     arm: str
@@ -50,6 +53,7 @@ class Record:
     joules: float | None = None
     machine: Mapping[str, Any] = field(repr=False, default_factory=dict)
     replayed: float | None = None
+    asked: tuple[tuple[int, ...], ...] = field(repr=False, default=())
 
     @property
     def key(self) -> Key:
@@ -64,6 +68,7 @@ class Record:
                 "counts": Counts(**data["counts"]),
                 "timings": tuple(Timing(**t) for t in data["timings"]),
                 "outputs": tuple(tuple(o) for o in data["outputs"]),
+                "asked": tuple(tuple(a) for a in data.get("asked", ())),
             }
         )
 

@@ -1,20 +1,45 @@
-"""Prompt sets: the shipped ones, JSON lines, or plain text; and how a target takes them, by its chat template if it has one."""
+"""Prompt sets: the shipped ones, JSON lines, or plain text; and how a target takes them, by its chat template if it has one.
+
+A file is read once (`load_rows`), so that it may be a pipe; everything else is made of its rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from outrider.assets import chat_prompts_file, shipped_prompts
-from outrider.conversations import Conversation, conversation_in, has_template, prompt_ids
+from outrider.assets import chat_prompts_file, prompts_file
+from outrider.conversations import Conversation, answer_in, conversation_in, has_template, prompt_ids
 from outrider.errors import ConfigError
 from outrider.files import json_rows, parse_json, read_text
 
 MAX_BYTES = 1 << 28
 Written = str | Conversation
 """A prompt as it stands in a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A prompt as it stands in a file. answer: its completion, if it is given. turns: what the user says next, each when the turn
+    before it is answered. fields: of its row; plain text has none."""
+
+    prompt: Written
+    answer: str | None = None
+    turns: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The prompt for models without a template: of a conversation the contents, one per line."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt.text
+
+    @property
+    def talk(self) -> Conversation:
+        """The prompt as a conversation: a text is a user's message."""
+        return self.prompt if isinstance(self.prompt, Conversation) else Conversation(()).said("user", self.prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +51,23 @@ class Question:
 
 
 class Ready(NamedTuple):
-    """Prompts as a target takes them: token ids. data: what a report says of them."""
+    """Prompts as a target takes them: token ids. data: what a report says of them. rows: what they are made of. later: of each,
+    what is asked behind its replies; None for one that is asked once."""
 
     ids: list[list[int]]
     data: dict[str, Any]
+    rows: list[Row]
+    later: list[Asked | None]
 
 
-def load_rows(path: Path | None, count: int) -> list[tuple[Written, dict[str, Any]]]:
-    """The first `count` prompts of a set, each with its row (empty for plain text). Raises ConfigError with file and line.
+def load_rows(path: Path | None, count: int) -> list[Row]:
+    """The first `count` prompts of a set; None: the shipped one. Raises ConfigError with file and line.
 
-    JSONL rows, or the objects of a JSON list, carry `prompt`, or `turns` (Spec-Bench; the first one), or `question`, or a
-    conversation: `messages`, ShareGPT's `conversations`, or the `body` of OpenAI's batch files, up to the last message that an
-    answer follows.
+    JSONL rows, or the objects of a JSON list, carry `prompt`, or `turns` (Spec-Bench), or `question`, or a conversation:
+    `messages`, ShareGPT's `conversations`, a `prompt` of messages, or the `body` of OpenAI's batch files, up to the last message
+    that an answer follows; and if you like a `completion`. Where a name has no ending, such as a pipe's, the first line tells.
     """
-    found: list[tuple[Written, dict[str, Any]]] = (
-        _read(path) if path is not None else [(prompt, {}) for prompt in shipped_prompts()]
-    )
+    found = _read(prompts_file() if path is None else path)
     if not found:
         raise ConfigError(f"{path}: no prompts found")
     return found[:count]
@@ -49,14 +75,14 @@ def load_rows(path: Path | None, count: int) -> list[tuple[Written, dict[str, An
 
 def load_prompts(path: Path | None, count: int) -> list[Written]:
     """The prompts of `load_rows` alone."""
-    return [prompt for prompt, _ in load_rows(path, count)]
+    return [row.prompt for row in load_rows(path, count)]
 
 
-def load_questions(path: Path | None, count: int) -> list[Question]:
-    """Number and category of the first `count` rows of a set in Spec-Bench's format; another set is one category, "overall"."""
-    rows = [] if path is None else [row for _, row in load_rows(path, count)]
-    known = [Question(r.get("question_id", i), str(r.get("category", "overall"))) for i, r in enumerate(rows)]
-    return known or [Question(i, "overall") for i in range(count)]
+def questions_of(rows: Sequence[Row]) -> list[Question]:
+    """Number and category of rows in Spec-Bench's format; those of another set are of one category, "overall"."""
+    return [
+        Question(r.fields.get("question_id", i), str(r.fields.get("category", "overall"))) for i, r in enumerate(rows)
+    ]
 
 
 def plain_texts(prompts: Sequence[Written]) -> list[str]:
@@ -64,58 +90,111 @@ def plain_texts(prompts: Sequence[Written]) -> list[str]:
     return [p if isinstance(p, str) else p.text for p in prompts]
 
 
-def ready(engine: Any, path: Path | None, prompts: Sequence[Written], template: bool = True) -> Ready:
+def ready(engine: Any, path: Path | None, rows: Sequence[Row], template: bool = True, *, whole: bool = False) -> Ready:
     """Prompts for an engine's target: by its chat template, where it has one and `template` says so, else as texts.
 
     With a template a text is a user's message, and where no file was named (`path` None) the shipped questions take the place of
-    the shipped code. Raises ConfigError for a prompt that the template refuses.
+    the shipped code. whole: all turns of a row are asked, not its first alone. Raises ConfigError for a prompt that the template
+    refuses.
     """
-    tokenizer = engine.tokenizer
-    spoken = template and has_template(tokenizer)
+    spoken = template and has_template(engine.tokenizer)
     name = "the shipped code" if path is None else str(path)
     if spoken and path is None:
-        name, prompts = "the shipped questions", load_prompts(chat_prompts_file(), len(prompts))
-    ids = [_ids(engine, p, spoken, f"{name}, prompt {i}") for i, p in enumerate(prompts, 1)]
-    return Ready(ids, {"prompts": name, "chat_template": spoken})
+        name, rows = "the shipped questions", load_rows(chat_prompts_file(), len(rows))
+    asked = [Asked(engine, row, spoken, f"{name}, prompt {i}") for i, row in enumerate(rows, 1)]
+    data: dict[str, Any] = {"prompts": name, "chat_template": spoken}
+    if further := sum(len(row.turns) for row in rows):
+        data["later_turns" if whole else "turns_left_out"] = further
+    later = [one if whole and one.row.turns else None for one in asked]
+    return Ready([one.ids(one.row.talk) for one in asked], data, list(rows), later)
 
 
-def _ids(engine: Any, prompt: Written, spoken: bool, where: str) -> list[int]:
-    if not spoken:
-        return engine.encode(prompt if isinstance(prompt, str) else prompt.text)
-    said = prompt.messages if isinstance(prompt, Conversation) else ({"role": "user", "content": prompt},)
-    return prompt_ids(engine.tokenizer, said, where)
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt of a set for one target, with what is asked behind its replies. spoken: by the chat template. where: it is, for
+    messages."""
+
+    engine: Any
+    row: Row
+    spoken: bool
+    where: str
+
+    def ids(self, talk: Conversation) -> list[int]:
+        """The tokens of its conversation, so far."""
+        if not self.spoken:
+            return self.engine.encode(talk.text)
+        return prompt_ids(self.engine.tokenizer, talk.messages, self.where)
+
+    def __call__(self, replies: Sequence[Sequence[int]]) -> list[int] | None:
+        """The prompt behind the model's own replies (token ids), each up to its first end of text; None behind the last."""
+        if len(replies) > len(self.row.turns):
+            return None
+        talk = self.row.talk
+        for reply, turn in zip(replies, self.row.turns, strict=False):
+            end = next((i for i, token in enumerate(reply) if token in self.engine.eos), len(reply))
+            said = self.engine.tokenizer.decode(list(reply[:end]), skip_special_tokens=True)
+            talk = talk.said("assistant", said).said("user", turn)
+        return self.ids(talk)
 
 
-def told(data: dict[str, Any]) -> str:
+def told(data: Mapping[str, Any]) -> str:
     """What a report says of its prompts, in a clause."""
-    return f"{data['prompts']}, {'by the chat template' if data['chat_template'] else 'as they stand'}"
+    said = f"{data['prompts']}, {'by the chat template' if data['chat_template'] else 'as they stand'}"
+    if further := data.get("later_turns"):
+        said += f", and {further} later {'turn' if further == 1 else 'turns'} behind the model's own replies"
+    if left := data.get("turns_left_out"):
+        said += f", without {left} later {'turn' if left == 1 else 'turns'}"
+    return said
 
 
-def _read(path: Path) -> list[tuple[Written, dict[str, Any]]]:
+def _read(path: Path) -> list[Row]:
     text = read_text(path, MAX_BYTES)
-    if path.suffix not in (".jsonl", ".json"):
-        return [(line, {}) for line in text.splitlines() if line.strip()]
-    if path.suffix == ".json" and text.lstrip()[:1] == "[":
+    if path.suffix not in (".jsonl", ".json") and not (path.suffix == "" and _is_json(text)):
+        return [Row(line) for line in text.splitlines() if line.strip()]
+    if path.suffix != ".jsonl" and text.lstrip()[:1] == "[":
         found = parse_json(text, path)
-        rows = [(f"{path}: number {i}", row) for i, row in enumerate(found, 1)]
-    else:
-        rows = list(json_rows(text, path))
-    return [(_prompt(row, where), row) for where, row in rows]
+        return [_row(row, f"{path}: number {i}") for i, row in enumerate(found, 1)]
+    return [_row(row, where) for where, row in json_rows(text, path)]
 
 
-def _prompt(row: Any, where: str) -> Written:
-    if not isinstance(row, dict):
+def _is_json(text: str) -> bool:
+    """Whether a text whose name does not tell is JSON: its first line is an object, or it is a list that begins with one."""
+    first = next((line.strip() for line in text.split("\n") if line.strip()), "")
+    try:
+        found = json.loads(first)
+    except (ValueError, RecursionError):
+        return first == "[" or first.startswith(("[{", "[ {"))
+    return isinstance(found, dict) or (isinstance(found, list) and bool(found) and isinstance(found[0], dict))
+
+
+def _row(fields: Any, where: str) -> Row:
+    if not isinstance(fields, dict):
         raise ConfigError(f"{where}: expected an object with a `prompt`")
-    turns, body = row.get("turns"), row.get("body")
-    found = [row.get("prompt"), turns[0] if isinstance(turns, list) and turns else None, row.get("question")]
+    try:
+        answer, turns = answer_in(fields), _turns(fields)
+        prompt = _prompt(fields, turns)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return Row(prompt, answer, turns[1:] if turns[:1] == (prompt,) else (), fields)
+
+
+def _turns(fields: dict[str, Any]) -> tuple[str, ...]:
+    found = fields.get("turns")
+    if not isinstance(found, list) or not found:
+        return ()
+    if not all(isinstance(turn, str) and turn for turn in found):
+        raise ValueError("its `turns` are not all texts")
+    return tuple(found)
+
+
+def _prompt(fields: dict[str, Any], turns: tuple[str, ...]) -> Written:
+    body = fields.get("body")
+    found = [fields.get("prompt"), *turns[:1], fields.get("question")]
     found += [body.get("prompt")] if isinstance(body, dict) else []
     prompt = next((x for x in found if isinstance(x, str) and x), None)
     if prompt is not None:
         return prompt
-    try:
-        talk = conversation_in(row)
-        if talk is not None:
-            return talk.asked
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    raise ConfigError(f"{where}: no `prompt`, `turns`, `question`, `messages` or `conversations` with text")
+    talk = conversation_in(fields)
+    if talk is None:
+        raise ValueError("no `prompt`, `turns`, `question`, `messages` or `conversations` with text")
+    return talk.asked

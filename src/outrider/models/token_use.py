@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from outrider.errors import ConfigError
-from outrider.files import write_whole
+from outrider.files import read_bytes, write_whole
 from outrider.protocols import Target
 from outrider.types import Draft, Rows
 
@@ -67,9 +67,7 @@ def folder() -> Path:
 def _read(file: Path, vocab_size: int) -> TokenUse | None:
     """What a file of the cache holds; None where there is none, or not a ranking of so many tokens."""
     try:
-        if file.stat().st_size > BYTES * (vocab_size + SEQUENCES * (PROMPT + TOKENS)) + HEADER:
-            return None
-        held = load(file.read_bytes())
+        held = load(read_bytes(file, BYTES * (vocab_size + SEQUENCES * (PROMPT + TOKENS)) + HEADER))
         order, unseen = held["order"].long(), held["unseen"].long()
     except Exception:  # whatever is wrong with a file that others may have touched, it is made anew
         return None

@@ -23,6 +23,8 @@ TOGETHER = 64 << 20
 SMALL = 1 << 16
 _STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # an unclosed string extends to the end: linear time
 _BRACKETS = re.compile(rb"[\[\]{}]")
+_HALVES = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Escapes of halves of surrogate pairs: two of them are a character, and one alone is none."""
 
 
 class Bodies:
@@ -62,7 +64,10 @@ def parsed(data: bytes, values: int) -> Any:
     """The value of a body. Raises BadField for bad JSON, or for more than the allowed contents."""
     check(data, values)
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
+        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
+        if _HALVES.search(data):
+            _check_characters(value)
+        return value
     except UnicodeDecodeError:
         raise BadField("the body is not UTF-8") from None
     except RecursionError:
@@ -83,6 +88,17 @@ def check(data: bytes, values: int) -> None:
         depth += 1 if bracket in b"[{" else -1
         if depth > DEPTH:
             raise BadField(f"the body is nested too deeply: at most {DEPTH} levels")
+
+
+def _check_characters(value: Any) -> None:
+    """Raise BadField where a text of a body, or a name in it, has half a surrogate pair: no tokenizer and no process takes it."""
+    for name, part in value.items() if isinstance(value, dict) else [("", value)]:
+        try:
+            json.dumps({name: part}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            param = name.encode(errors="replace").decode()[:64] or None
+            why = "half a surrogate pair (one of \\ud800 to \\udfff alone) is no character: leave it out"
+            raise BadField(f"{param or 'the body'}: {why}", param) from None
 
 
 def _no_constant(name: str) -> None:

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
@@ -30,6 +31,8 @@ from outrider.telemetry.prometheus import Finished, Metrics
 
 T = TypeVar("T")
 DEAD = "the engine has died: send the request again later"
+OBJECT, WARMING = 'json:{"type": "object"}', -1
+"""The form of JSON mode, and the number of no client, in whose name it is compiled."""
 LOADING = "the engine is still loading: try again in some seconds"
 REUSE = {
     "prefix_cache_queries": ("Tokens of the prompts that entered the engine.", "asked"),
@@ -302,6 +305,13 @@ class Bridge:
         thread, so that neither the engine nor tokenising waits. Raises RequestError for a grammar that cannot be used."""
         await self.prep.try_grammar(grammar, owner)
         await asyncio.get_running_loop().run_in_executor(self._compiler, self.engine.compile_grammar, grammar)
+
+    async def warm(self) -> None:
+        """Compile the form of any JSON object, as a request would: with a large vocabulary it takes seconds to start the process
+        and to read the tokenizer there and here, for which no client should wait. What fails is said to who asks."""
+        if self.prep.compiles and self.engine.eos:
+            with suppress(OutriderError):
+                await self.compile(OBJECT, WARMING)
 
     def _deadline(self, ticket: Ticket) -> Any:
         return Deadline(ticket.arrived + self.limits.request_seconds - monotonic())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from asyncio import TimerHandle, Transport
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -25,6 +26,8 @@ SPARE = 40
 FEWEST = 4
 PIECES, TINY = 2000, 64
 """A body may have PIECES pieces of any size; with more, they must have at least TINY bytes on average."""
+PART_BYTES, PART_SECONDS = 16 << 20, 2.0
+"""What is still heard of a body that was refused before its end, so that its sender can read why."""
 BURST = 8
 """Connections that are accepted at a time, before bytes of others are read."""
 OPEN_TO_ALL = frozenset({"/health", "/ready", "/metrics"})
@@ -65,6 +68,47 @@ class Crumbs(h11.Connection):
         return event
 
 
+class Parting:
+    """A transport that is closed when the other side has sent what it was sending, within bounds: a socket that is closed with
+    bytes unread takes the reply with it, and a client whose body is refused would never read why. coming: whether more comes."""
+
+    def __init__(self, transport: Any, loop: Any, coming: Callable[[], bool]) -> None:
+        self._transport, self._loop, self._coming = transport, loop, coming
+        self._left: int | None = None  # bytes that are still heard, once it is to be closed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    @property
+    def hears(self) -> bool:
+        """Whether it only hears what still comes."""
+        return self._left is not None and not self._transport.is_closing()
+
+    def is_closing(self) -> bool:
+        """Whether it is closed, or about to be."""
+        return self._left is not None or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Send what is left, and close when the other side is done. A second time: now."""
+        if self._left is not None or self._transport.is_closing() or not self._coming():
+            self._transport.close()
+            return
+        self._left = PART_BYTES
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._transport.resume_reading()
+        self._loop.call_later(PART_SECONDS, self._transport.close)
+
+    def drops(self, data: bytes) -> bool:
+        """Whether these bytes come too late for anybody."""
+        if self._left is None:
+            return False
+        self._left -= len(data)
+        if self._left < 0:
+            self._transport.close()
+        return True
+
+
 class Connection(H11Protocol):
     """One connection. door: the connections of its server (see `at`)."""
 
@@ -80,7 +124,8 @@ class Connection(H11Protocol):
         return type("Connection", (cls,), {"door": door})
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        self._parting = Parting(transport, self.loop, lambda: self.cycle is not None and self.cycle.more_body)
+        super().connection_made(self._parting)  # type: ignore[arg-type]
         self._timer: TimerHandle | None = None
         if not self.door.make_room(len(self.connections)):
             if len(self.connections) > self.door.most + RESERVED:
@@ -94,6 +139,8 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._parting.drops(data):
+            return
         if self.answering:
             self._alone()
             return
@@ -107,8 +154,17 @@ class Connection(H11Protocol):
                 self._timer.cancel()
                 self._timer = None
 
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP. If a request has begun, its application must not answer too: to it the client has gone."""
+        super().send_400_response(msg)
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._parting.hears:
+            self.door.owing[self] = None  # its place is another's as soon as one is needed
         if not self.transport.is_closing() and not self.answering:
             self._owe()
 

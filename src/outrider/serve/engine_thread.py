@@ -81,15 +81,16 @@ class EngineThread:
         self._scoring: deque[Scoring] = deque()
         self._condition = threading.Condition()
         self._commands: list[Callable[[], None]] = []
-        self._stop = False
+        self._stop = self._ended = False
         self.beat = monotonic()
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="outrider-engine", daemon=True)
 
     @property
     def running(self) -> bool:
-        """Whether the thread has started and not ended."""
-        return self._thread.is_alive()
+        """Whether the thread has started, and executes what it is told. Once requests are told of its end, it is false: a request
+        that comes after that, while the thread is about to be gone, must not wait for it."""
+        return self._thread.is_alive() and not self._ended
 
     @property
     def heartbeat_age(self) -> float:
@@ -131,7 +132,7 @@ class EngineThread:
                 self._round(engine)
         except BaseException:  # nothing is served any more: waiting clients must learn it now, not at a deadline
             logger.exception("the engine's thread has died")
-            self.broken = True
+            self.broken = self._ended = True
             self._post(self._give_up)
 
     def _round(self, engine: Engine) -> None:
@@ -244,14 +245,17 @@ class EngineThread:
             failure = error if isinstance(error, OutriderError) else EngineFailure("the request could not be queued")
             self._post(lambda: answer(failure))
             return
+        finally:
+            ticket.seen.clear()  # its sequences have them now
         self._post(lambda: answer(None))
 
     def see(self, ticket: Ticket, image: ImageInput, answer: Callable[[], None]) -> None:
-        """Have the target see an image, which it then knows (a command). What is wrong is said when its prompt is queued."""
+        """Have the target see an image, which the ticket holds until its prompt is queued (a command): all its images may need more
+        than the target keeps. What is wrong is said when the prompt is queued."""
         if not ticket.open or self.engine is None:
             return
         with suppress(Exception):
-            self.engine.images.rows(image)
+            ticket.seen.append(self.engine.images.rows(image))
         self._post(answer)
 
     def abort(self, ticket: Ticket) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any
 
@@ -22,6 +22,7 @@ from outrider.serve.sse import STALL_SECONDS
 from outrider.serve.supervisor import CLOSED, LOST, SERVING, Heartbeat
 
 Say = Callable[[bool], object]
+Beside = Callable[[], Coroutine[Any, Any, None]]
 BLINK = 0.05
 """Seconds between two checks for a signal while the engine loads."""
 SEND_BUFFER = 65536
@@ -37,12 +38,21 @@ class Server(uvicorn.Server):
     """uvicorn that drains on the first signal: no new requests; running ones have `grace` seconds, then end with an error.
 
     line: the socket to the supervisor that started this process, if there is one; it gets heartbeats with the server's state.
+    beside: run once, beside the first requests.
     """
 
     def __init__(
-        self, config: uvicorn.Config, app: Starlette, grace: float, line: socket.socket | None = None, say: Say = silent
+        self,
+        config: uvicorn.Config,
+        app: Starlette,
+        grace: float,
+        line: socket.socket | None = None,
+        say: Say = silent,
+        beside: Beside | None = None,
     ) -> None:
         super().__init__(config)
+        self._beside = beside
+        self.aside: asyncio.Task[None] | None = None  # what runs beside the first requests
         self.bridge: Bridge = app.state.bridge
         self.grace, self.line, self.say = grace, line, say
         self._life = app.router.lifespan_context(app)
@@ -60,6 +70,8 @@ class Server(uvicorn.Server):
             queued(listener.fileno())
         gc.collect()
         gc.freeze()  # the server's own objects are never garbage, and scanning them would stop every stream for 0.1 s
+        if self._beside is not None:
+            self.aside = asyncio.create_task(self._beside())
         if self.line is not None and self.started:
             self._telling = asyncio.create_task(Heartbeat(self.line, self.state).run())
 
@@ -89,6 +101,9 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list | None = None) -> None:
         """Finish the requests while uvicorn waits for their connections."""
         gc.unfreeze()
+        if self.aside is not None:
+            self.aside.cancel()
+            await asyncio.gather(self.aside, return_exceptions=True)
         settled = asyncio.create_task(self.bridge.drain_requests(0.0 if self.force_exit else self.grace))
         await super().shutdown(sockets)
         settled.cancel()
@@ -98,11 +113,18 @@ class Server(uvicorn.Server):
 
 
 def server_for(
-    app: Starlette, settings: Settings, host: str, port: int, line: socket.socket | None = None, say: Say = silent
+    app: Starlette,
+    settings: Settings,
+    host: str,
+    port: int,
+    line: socket.socket | None = None,
+    say: Say = silent,
+    beside: Beside | None = None,
 ) -> Server:
     """A server for `app`; start it with `run()` or, inside a loop, `await serve()`. line: to its supervisor, if it has one.
 
-    say: called with True when requests are answered, and with False for the first and the second signal to end.
+    say: called with True when requests are answered, and with False for the first and the second signal to end. beside: run once,
+    when requests are answered.
     """
     config = guarded(
         app,
@@ -114,7 +136,7 @@ def server_for(
         timeout_graceful_shutdown=int(settings.grace) + 3,
         h11_max_incomplete_event_size=16384,
     )
-    return Server(config, app, settings.grace, line, say)
+    return Server(config, app, settings.grace, line, say, beside)
 
 
 def bound(listener: Any) -> None:

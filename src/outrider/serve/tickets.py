@@ -12,6 +12,7 @@ from typing import Any
 
 from outrider.engine.sequence import Event, Sequence
 from outrider.errors import CapacityError, OutriderError
+from outrider.pictured import ImageRows
 from outrider.records import Counts
 
 SHOWN = 96
@@ -52,7 +53,7 @@ class Ticket:
 
     choices: samples in all (prompts x n). owner: the number of its API key. sequences: the engine's objects, in order of choices,
     once it has started. accepted: done when the engine has checked and queued it, or scored its prompts. last: when its latest
-    tokens arrived. arm, on_end: of its experiment, if any (`trial`).
+    tokens arrived. arm, on_end: of its experiment, if any (`trial`). seen: its images while its prompt is not queued.
     """
 
     choices: int
@@ -71,6 +72,7 @@ class Ticket:
     outcome: str = "abort"
     open: bool = True
     accepted: asyncio.Future[Any] | None = None
+    seen: list[ImageRows] = field(default_factory=list)
     mail: asyncio.Queue[list[tuple[int, Event]] | OutriderError] = field(default_factory=asyncio.Queue)
     origins: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN))
 

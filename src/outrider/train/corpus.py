@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from outrider.conversations import Conversation, conversation_in
+from outrider.conversations import Conversation, answer_in, conversation_in
 from outrider.errors import ConfigError
-from outrider.train.data import Document, deduplicate, find_documents, normalise
-
-MAX_BYTES = 1 << 30
-"""Largest file that is read."""
+from outrider.files import read_bytes
+from outrider.train.data import MAX_BYTES, Document, deduplicate, find_documents, normalise
 
 
 def read_corpus(
@@ -26,7 +24,8 @@ def read_corpus(
     """The texts of `paths`, each distinct one once, in a fixed order.
 
     A folder gives all its readable files that match `pattern`. A `.jsonl` file gives a text per row: its `text`, its
-    `prompt`, or its conversation (`messages`, `conversations`) as `render` writes it (None: its contents, one per line). Any other
+    `prompt`, or its conversation (`messages`, `conversations`) as `render` writes it (None: its contents, one per line). A
+    `completion` follows its prompt: as the answer of that conversation, or without `render` as one text with it. Any other
     file is one text. A row that is none of these raises ConfigError with file and line, unless `skip_bad`.
     """
     found: list[Document] = []
@@ -36,12 +35,10 @@ def read_corpus(
             found += find_documents(path, pattern)
         elif not path.is_file():
             raise ConfigError(f"{path}: no such file or folder; name text files, JSON lines or folders of text")
-        elif path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_BYTES >> 30} GiB; split it")
         elif path.suffix == ".jsonl":
-            found += _rows(path, skip_bad, render or _plain, report)
+            found += _rows(path, skip_bad, render, report)
         else:
-            text = normalise(path.read_bytes())
+            text = normalise(read_bytes(path, MAX_BYTES))
             if text is None:
                 raise ConfigError(f"{path}: not UTF-8 text, or empty")
             found.append(Document(path.name, text))
@@ -51,11 +48,14 @@ def read_corpus(
 
 
 def _rows(
-    path: Path, skip_bad: bool, render: Callable[[Conversation], str], report: Callable[[str], None]
+    path: Path, skip_bad: bool, render: Callable[[Conversation], str] | None, report: Callable[[str], None]
 ) -> Iterator[Document]:
     bad = 0
+    size = 0
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), 1):
+            if (size := size + len(line)) > MAX_BYTES:
+                raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB; split it")
             if not line.strip():
                 continue
             try:
@@ -68,21 +68,22 @@ def _rows(
         report(f"{path.name}: {bad} bad rows skipped")
 
 
-def _text(line: bytes, render: Callable[[Conversation], str]) -> str:
+def _text(line: bytes, render: Callable[[Conversation], str] | None) -> str:
     try:
         row: Any = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({str(error)[:200]})") from None
     if not isinstance(row, dict):
         raise ValueError("not an object with `text`, `prompt` or `messages`")
-    for key in ("text", "prompt"):
-        if isinstance(row.get(key), str) and row[key].strip():
-            return row[key]
+    if isinstance(row.get("text"), str) and row["text"].strip():
+        return row["text"]
+    prompt, answer = row.get("prompt"), answer_in(row)
+    if isinstance(prompt, str) and prompt.strip():
+        if answer is None or render is None:
+            return prompt + (answer or "")
+        return render(Conversation(()).said("user", prompt).said("assistant", answer))
     talk = conversation_in(row)
     if talk is not None and talk.text.strip():
-        return render(talk)
+        talk = talk if answer is None else talk.said("assistant", answer)
+        return talk.text if render is None else render(talk)
     raise ValueError("no `text`, `prompt`, `messages` or `conversations` with text")
-
-
-def _plain(talk: Conversation) -> str:
-    return talk.text

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 
 from outrider.errors import ConfigError
+from outrider.files import read_bytes
 
+MAX_BYTES = 1 << 30
+"""Largest file that is read."""
 # Folders of the standard library that are not sources, or hold deliberately broken files.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib2to3"})
 
@@ -44,12 +47,12 @@ def normalise(raw: bytes) -> str | None:
 
 
 def find_documents(root: Path, pattern: str = "*.py") -> list[Document]:
-    """All readable documents below ``root``, in order of their relative path."""
+    """All readable documents below ``root``, in order of their relative path. Raises ConfigError for one above MAX_BYTES."""
     documents = []
     for path in sorted(root.rglob(pattern)):
         relative = path.relative_to(root)
         if SKIPPED_FOLDERS.isdisjoint(relative.parts) and path.is_file():
-            text = normalise(path.read_bytes())
+            text = normalise(read_bytes(path, MAX_BYTES))
             if text is not None:
                 documents.append(Document(relative.as_posix(), text))
     return documents

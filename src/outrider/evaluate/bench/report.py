@@ -8,6 +8,7 @@ from typing import Any
 
 from outrider.evaluate.html import bars, escaped, intervals, page, table, write_page
 from outrider.evaluate.records import Record
+from outrider.evaluate.workloads import told
 from outrider.telemetry.ledger import spent, standing
 
 NUMBERS = (
@@ -26,6 +27,7 @@ def write_html(path: Path, document: dict[str, Any], records: Sequence[Record], 
         f"temperature {document['temperature']:g}, "
         f"batch {document['batch']}, {document['repeats']} repeats, {len({r.group for r in records})} prompt groups. "
         f"<code>{escaped(document['command'])}</code></p>",
+        *([f"<p>Prompts: {escaped(told(document['data']))}.</p>"] if "data" in document else []),
         *(f"<figure style='margin:1em 0'>{svg}</figure>" for svg in figures),
         "<h2>Speed-up over plain decoding</h2><p>Ratio of total times on the same prompts; 95% interval over prompts.</p>",
         intervals("speed-up", ratios, "speed-up, 1 = plain decoding", 1.0),

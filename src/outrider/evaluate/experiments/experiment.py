@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,11 +17,12 @@ from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError, unknown_name
 from outrider.evaluate.experiments.continuations import Continuations
 from outrider.evaluate.experiments.control_variates import METRICS, Metric, Reduction, compare
-from outrider.evaluate.measure import Arm, run_group, text_seed
+from outrider.evaluate.measure import Arm, grouped, run_group, text_seed
 from outrider.evaluate.records import Record
 from outrider.evaluate.scoring.quality import with_quality
 from outrider.evaluate.statistics.sequential import Bounds, bounds
 from outrider.evaluate.store.store import Store, fingerprint
+from outrider.evaluate.workloads import Asked
 from outrider.files import read_yaml
 from outrider.options import types_of
 from outrider.params import SamplingParams
@@ -200,11 +201,13 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Where an experiment stands: prompt groups that all arms have finished, and the comparisons."""
+    """Where an experiment stands: prompt groups that all arms have finished, and the comparisons. data: what a report says of the
+    prompts (`workloads.Ready`), where it is known."""
 
     groups: int
     total: int
     comparisons: list[Comparison] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def decided(self) -> bool:
@@ -275,28 +278,32 @@ def run_experiment(
     prompts: Prompts,
     store: Store,
     *,
+    later: Sequence[Asked | None] = (),
+    data: Mapping[str, Any] | None = None,
     stop_early: bool = True,
     progress: Callable[[State], None] = lambda _: None,
 ) -> State:
     """Run until every comparison is decided or the prompts are used up; every record is committed as it comes.
 
-    An interrupted experiment goes on where it was. Raises ConfigError if its file has changed since.
+    later: of each prompt, what is asked behind its replies. data: what a report says of the prompts. An interrupted experiment goes
+    on where it was. Raises ConfigError if its file has changed since.
     """
     texts = arms[0].engine.encode_all(prompts)
-    config = {**asdict(experiment), "prompts": fingerprint(texts)}
+    turns = [list(one.row.turns) for one in later if one is not None]
+    config = {**asdict(experiment), "prompts": fingerprint([*texts, *turns])}
     run = store.begin("ab", experiment.name, config)
     known = {key: Record.from_dict(data) for key, data in store.records(run).items()}
     params = SamplingParams(
         temperature=experiment.temperature, top_p=experiment.top_p, max_tokens=experiment.max_tokens, ignore_eos=True
     )
     batch = experiment.batch
-    groups = [texts[i : i + batch] for i in range(0, len(texts), batch)]
+    groups, behind = grouped(texts, batch), grouped(later, batch)
     along = Continuations(arms, texts, params, experiment.replay, experiment.seed) if experiment.replay else None
     order, target = random.Random(experiment.seed), arms[0].engine.parts.target
     if len(known) < len(groups) * len(arms):
         for arm in arms:
-            run_group(arm, groups[0], [params] * len(groups[0]), (0, -1, 0))
-    state = State(0, len(groups))
+            run_group(arm, groups[0], [params] * len(groups[0]), (0, -1, 0), *behind[:1])
+    state = State(0, len(groups), data=dict(data or {}))
     for g, group in enumerate(groups):
         seeds = [replace(params, seed=text_seed(experiment.seed, 0, g * batch + i)) for i in range(len(group))]
         left = any((arm.name, g, 0) not in known for arm in arms)
@@ -304,12 +311,14 @@ def run_experiment(
         for place, arm in enumerate(order.sample(arms, len(arms))):
             if (arm.name, g, 0) in known:
                 continue
-            record = replace(run_group(arm, group, seeds, (g, 0, place)), replayed=calls.get(arm.name))
+            record = run_group(arm, group, seeds, (g, 0, place), *behind[g : g + 1])
+            record = replace(record, replayed=calls.get(arm.name))
             if experiment.quality is not None:
                 record = with_quality(target, group, record)
             store.append(run, record.key, asdict(record))
             known[record.key] = record
-        state = analyse(experiment, [r for r in known.values() if r.group <= g], len(groups))
+        found = analyse(experiment, [r for r in known.values() if r.group <= g], len(groups))
+        state = replace(found, data=state.data)
         store.save_experiment(experiment.name, run, config, asdict(state))
         progress(state)
         if stop_early and state.decided:

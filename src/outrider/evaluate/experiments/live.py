@@ -156,14 +156,18 @@ class LiveExperiment:
             logger.warning("the state of %s waits: %s", self.e.name, error)
 
 
-def trial_of(
-    file: str | Path, store: str | Path, served: EngineOptions, *, fixed: bool, name: str | None = None
+def trial_of(file: str | Path, store: str | Path, served: EngineOptions, *, fixed: bool) -> LiveExperiment:
+    """The trial of an experiment's file on a server: see `trial_from`."""
+    return trial_from(read_experiment(Path(file)), store, served, fixed=fixed)
+
+
+def trial_from(
+    e: Experiment, store: str | Path, served: EngineOptions, *, fixed: bool, name: str | None = None
 ) -> LiveExperiment:
-    """The trial of an experiment's file on a server with these options, under `name` or its own.
+    """The trial of an experiment on a server with these options, under `name` or its own.
 
     Raises ConfigError for what it cannot vary, before anything is loaded.
     """
-    e = read_experiment(Path(file))
     e = replace(e, name=name or e.name, quality=None)
     return LiveExperiment(e, arm_overrides(e, served, fixed=fixed), store)
 

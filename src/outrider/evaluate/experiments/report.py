@@ -8,6 +8,7 @@ from typing import Any
 
 from outrider.evaluate.experiments.experiment import Experiment, State
 from outrider.evaluate.html import escaped, lines, page, table, write_page
+from outrider.evaluate.workloads import told
 
 METRIC = {"speed": "speed over base", "acceptance": "tokens per target call over base"}
 
@@ -31,6 +32,7 @@ def write_experiment(path: Path, document: dict[str, Any], states: Sequence[Stat
     body = [
         f"<p>{document['groups']} of {document['total']} prompt groups; base arm {escaped(e.base)}; intervals hold at all looks "
         f"together with probability {1 - e.level:.0%}; smallest effect that matters {e.min_effect:.0%}.</p>",
+        *prompts_of(document),
         table(["arm", "decision", unit, "low", "high", "vetoes"], rows),
         *replay_table(document["comparisons"]),
         f"<h2>As it went</h2><p>The {unit} with its interval after every prompt group. Dashed: no difference, and the "
@@ -40,6 +42,11 @@ def write_experiment(path: Path, document: dict[str, Any], states: Sequence[Stat
         table(["arm", "options", "exact"], [(n, o, "LOSSY" if n in lossy else "yes") for n, o in e.arms.items()]),
     ]
     write_page(path, page(f"Experiment {e.name}", body))
+
+
+def prompts_of(document: dict[str, Any]) -> list[str]:
+    """Which prompts, and how they were taken; nothing of experiments of older releases."""
+    return [f"<p>Prompts: {escaped(told(document['data']))}.</p>"] if document.get("data") else []
 
 
 def mark_lossy(arm: str, lossy: Sequence[str]) -> str:

@@ -26,5 +26,6 @@ def text_nll(target: Target, prompt: Sequence[int], output: Sequence[int]) -> fl
 
 
 def with_quality(target: Target, prompts: Sequence[Sequence[int]], record: Record) -> Record:
-    """The record with the likelihood of its texts; they stand in the order of the prompts."""
-    return replace(record, nll=sum(text_nll(target, p, o) for p, o in zip(prompts, record.outputs, strict=True)))
+    """The record with the likelihood of its texts; they stand in the order of the prompts, or behind those that it has itself."""
+    pairs = zip(record.asked or prompts, record.outputs, strict=True)
+    return replace(record, nll=sum(text_nll(target, prompt, output) for prompt, output in pairs))

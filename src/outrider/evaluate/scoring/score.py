@@ -19,11 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from outrider.assets import HERE, chat_prompts_file
 from outrider.build import Engine, companion
 from outrider.conversations import Conversation
 from outrider.errors import ConfigError
-from outrider.evaluate.workloads import Written, load_rows, ready
+from outrider.evaluate.workloads import Row, Written, ready
 from outrider.noise import derive_seed
 from outrider.params import SamplingParams
 from outrider.protocols import Target
@@ -55,32 +54,32 @@ def as_items(items: str | Sequence[str | Item]) -> list[Item]:
     return [i if isinstance(i, Item) else Item(i) for i in ([items] if isinstance(items, str) else items)]
 
 
-def load_items(path: Path | None, count: int) -> list[Item]:
-    """The first `count` prompts of a set, the shipped held-out ones if `path` is None; see `workloads.load_prompts`.
-
-    JSONL rows may also carry `completion`, and `domain` or `category`. Raises ConfigError naming file and line.
-    """
-    where = HERE / "pycode" / "prompts.jsonl" if path is None else path
-    return [_item(prompt, row, shipped=path is None) for prompt, row in load_rows(where, count)]
+def items_of(rows: Sequence[Row], shipped: bool = False) -> list[Item]:
+    """The prompts of a set as items: with their `completion`, and `domain` or `category`. shipped: they are the shipped code."""
+    return [Item(row.prompt, row.answer, _domain(row, shipped)) for row in rows]
 
 
 def ready_items(
-    engine: Engine, path: Path | None, items: Sequence[Item], template: bool = True
+    engine: Engine, path: Path | None, rows: Sequence[Row], template: bool = True
 ) -> tuple[list[Item], dict[str, Any]]:
-    """The items with prompts as the engine's target takes them, and what a report says of them: see `workloads.ready`."""
-    found = ready(engine, path, [item.prompt for item in items if not isinstance(item.prompt, list)], template)
-    if path is None and found.data["chat_template"]:
-        items = [_item(prompt, row, shipped=False) for prompt, row in load_rows(chat_prompts_file(), len(items))]
-    return [replace(item, prompt=ids) for item, ids in zip(items, found.ids, strict=True)], found.data
+    """Items with prompts as the engine's target takes them, and what a report says of them: see `workloads.ready`.
+
+    Without a template a prompt whose completion is given stays a text, so that both are read as one (`given_text`)."""
+    found = ready(engine, path, rows, template)
+    spoken = found.data["chat_template"]
+    items = items_of(found.rows, shipped=path is None and not spoken)
+    joined = [not spoken and item.completion is not None for item in items]
+    return [
+        replace(item, prompt=as_given(item.prompt) if together else ids)
+        for item, ids, together in zip(items, found.ids, joined, strict=True)
+    ], found.data
 
 
-def _item(prompt: Written, row: dict[str, Any], shipped: bool) -> Item:
-    domain = row.get("domain") or row.get("category") or ""
+def _domain(row: Row, shipped: bool) -> str:
     if shipped:  # the folder of the standard library the prompt is from
-        source = str(row.get("source", ""))
-        domain = source.split("/")[0] if "/" in source else "top level"
-    completion = row.get("completion")
-    return Item(prompt, completion if isinstance(completion, str) and completion else None, str(domain))
+        source = str(row.fields.get("source", ""))
+        return source.split("/")[0] if "/" in source else "top level"
+    return str(row.fields.get("domain") or row.fields.get("category") or "")
 
 
 class Clock:

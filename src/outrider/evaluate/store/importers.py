@@ -80,10 +80,6 @@ class Imported:
 
 def read_results(path: Path, kind: str = "auto") -> Imported:
     """A result file. Raises ConfigError for a file that is too large, is not in the format, or breaks its rules."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give a result file of {', '.join(FORMATS)}")
-    if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB; import its parts")
     if kind not in ("auto", *FORMATS):
         raise ConfigError(f"result files are of {', '.join(FORMATS)}, not {kind!r}")
     try:

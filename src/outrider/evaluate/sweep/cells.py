@@ -17,7 +17,6 @@ from typing import Any
 from pydantic import BaseModel
 
 import outrider
-from outrider.assets import HERE
 from outrider.errors import ConfigError
 from outrider.evaluate.store.store import canonical
 from outrider.files import sha256_of
@@ -126,8 +125,3 @@ def folders_in(spec: str) -> list[Path]:
         if part and Path(part).expanduser().is_dir():
             found.append(Path(part).expanduser())
     return found
-
-
-def shipped_prompts_file() -> Path:
-    """The prompts that are used where none are named."""
-    return HERE / "pycode" / "prompts.jsonl"

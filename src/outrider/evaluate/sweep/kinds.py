@@ -10,15 +10,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from outrider.assets import chat_prompts_file, shipped
+from outrider.assets import chat_prompts_file, prompts_file, shipped
 from outrider.build import Engine, build_engine, companion
 from outrider.errors import ConfigError
+from outrider.evaluate.experiments.experiment import Experiment
 from outrider.evaluate.measure import Arm, run_arms
 from outrider.evaluate.records import Record
 from outrider.evaluate.store.store import Store, canonical
-from outrider.evaluate.sweep.cells import Answer, Kind, folders_in, shipped_prompts_file
+from outrider.evaluate.sweep.cells import Answer, Kind, folders_in
 from outrider.evaluate.sweep.fields import Ab, Audit, Bench, Decoding, Drafted, Predict
-from outrider.evaluate.workloads import load_prompts, ready
+from outrider.evaluate.workloads import Ready, load_rows, ready
 from outrider.models.folder import resolve_folder
 from outrider.params import SamplingParams
 
@@ -36,10 +37,10 @@ def sampling_of(f: Decoding) -> SamplingParams:
     return SamplingParams(temperature=f.temperature, top_p=f.top_p, max_tokens=f.max_tokens, ignore_eos=True)
 
 
-def prompts_of(engine: Engine, path: str | None, count: int, template: bool) -> list[list[int]]:
-    """The prompts of a cell, as its target takes them."""
-    file = None if path is None else Path(path)
-    return ready(engine, file, load_prompts(file, count), template).ids
+def prompts_of(engine: Engine, f: Decoding | Experiment, *, whole: bool = False) -> Ready:
+    """The prompts of a cell or an experiment, as its target takes them. whole: with all their turns."""
+    file = None if f.prompts is None else Path(f.prompts)
+    return ready(engine, file, load_rows(file, f.count), f.chat_template, whole=whole)
 
 
 def reads(f: Decoding) -> list[Path]:
@@ -49,7 +50,7 @@ def reads(f: Decoding) -> list[Path]:
     specs = [str(o.get("draft", "")) for o in f.configurations.values()] if isinstance(f, Bench) else []
     specs += [f.draft] if isinstance(f, Drafted | Predict) else []
     drafts = [folder for spec in specs for folder in folders_in(spec)]
-    shipped_files = [shipped_prompts_file(), chat_prompts_file()]
+    shipped_files = [prompts_file(), chat_prompts_file()]
     return [target, *beside, *drafts, *(shipped_files if f.prompts is None else [Path(f.prompts)])]
 
 
@@ -88,11 +89,13 @@ def perform_bench(f: Bench) -> Answer:
     engine = base_engine(f.target, f.dtype, f.batch, lossy)
     wanted: dict[str, dict[str, Any]] = {name: {"draft": "auto", **o} for name, o in configurations.items()}
     arms = [Arm(name, companion(engine, **options)) for name, options in wanted.items()]
-    texts = prompts_of(engine, f.prompts, f.count, f.chat_template)
-    warmup = f.warmup if f.metric == "speed" else 0
-    records = run_arms(arms, texts, sampling_of(f), batch=f.batch, repeats=f.repeats, warmup=warmup, seed=f.seed)
+    found = prompts_of(engine, f, whole=True)
+    warmup, later = f.warmup if f.metric == "speed" else 0, found.later
+    records = run_arms(
+        arms, found.ids, sampling_of(f), batch=f.batch, repeats=f.repeats, warmup=warmup, seed=f.seed, later=later
+    )
     drafters = {arm.name: f"{arm.engine.parts.drafter.name} / {arm.engine.parts.rule.name}" for arm in arms}
-    return answer_of(records, f.metric == "speed", drafters=drafters)
+    return answer_of(records, f.metric == "speed", drafters=drafters, data=found.data)
 
 
 def bench_headline(record: Mapping[str, Any]) -> str:
@@ -115,14 +118,14 @@ def perform_predict(f: Predict) -> Answer:
 
     engine = companion(base_engine(f.target, f.dtype, 1, False), f.draft, length=1)
     file = None if f.prompts is None else Path(f.prompts)
-    items = ev.ready_items(engine, file, ev.load_items(file, f.count), f.chat_template)[0]
+    items, data = ev.ready_items(engine, file, load_rows(file, f.count), f.chat_template)
     params = SamplingParams(
         temperature=f.temperature, top_p=f.top_p, max_tokens=f.max_tokens, n=f.samples, ignore_eos=True
     )
     clock, silent = ev.Clock(), lambda _: None
     emitted = ev.sample(engine, items, params, clock, silent, batch=f.batch, seed=f.seed)
     scored = ev.score(engine, ev.draft_model(engine), emitted, items, params, clock, silent, rows=f.rows, seed=f.seed)
-    return Answer(report(scored.texts, None, scored) | {"moved_by_rounding": scored.moved}, {})
+    return Answer(report(scored.texts, None, scored) | {"moved_by_rounding": scored.moved, "data": data}, {})
 
 
 def predict_headline(record: Mapping[str, Any]) -> str:
@@ -139,13 +142,13 @@ def perform_audit(f: Audit) -> Answer:
 
     base = base_engine(f.target, f.dtype, 8, f.allow_lossy)
     engine = companion(base, **f.options)
-    texts = prompts_of(engine, f.prompts, f.count, f.chat_template)
+    found = prompts_of(engine, f)
     params = SamplingParams(temperature=f.temperature, top_p=f.top_p, max_tokens=f.max_tokens)
     asked = {name: getattr(f, name) for name in ("samples", "level", "tolerance", "detect", "seed")}
-    document, code = answer.document_of(engine, sources.of_engine(engine, params), texts, params, asked, ours=True)
+    document, code = answer.document_of(engine, sources.of_engine(engine, params), found.ids, params, asked, ours=True)
     document.pop("machine", None)
     counts = asdict(engine.counts)
-    return Answer({**document, "verdict": code}, {name: counts[name] for name in COUNTED})
+    return Answer({**document, "verdict": code, "data": found.data}, {name: counts[name] for name in COUNTED})
 
 
 # ----------------------------------------------------------------- ab
@@ -170,18 +173,18 @@ def perform_ab(f: Ab) -> Answer:
 
     e = experiment_of(f)
     engine = base_engine(e.target, e.dtype, e.batch, any(a.get("allow_lossy") for a in e.arms.values()))
-    texts = prompts_of(engine, e.prompts, e.count, e.chat_template)
-    if len(texts) < e.batch * 5:
-        raise ConfigError(f"{len(texts)} prompts make fewer than five groups of {e.batch}: add prompts")
+    prompts = prompts_of(engine, e, whole=not e.replay)
+    if len(prompts.ids) < e.batch * 5:
+        raise ConfigError(f"{len(prompts.ids)} prompts make fewer than five groups of {e.batch}: add prompts")
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "ab.db") as store:
-        state = run_experiment(e, build_arms(engine, e), texts, store)
+        state = run_experiment(e, build_arms(engine, e), prompts.ids, store, later=prompts.later, data=prompts.data)
         run = store.runs()[0].id
         records = [Record.from_dict(data) for data in store.records(run).values()]
     found = {"groups": state.groups, "comparisons": [asdict(c) | {"ratio": list(c.ratio)} for c in state.comparisons]}
     if e.metric == "speed":  # how many groups it took, and so every record, is the clock's doing
         answer = answer_of(records, True)
-        return Answer({"base": e.base}, answer.counts, {**(answer.measured or {}), **answer.result, **found})
-    return answer_of(records, False, base=e.base, **found)
+        return Answer({"base": e.base, "data": prompts.data}, answer.counts, {**(answer.measured or {}), **answer.result, **found})
+    return answer_of(records, False, base=e.base, data=prompts.data, **found)
 
 
 def ab_headline(record: Mapping[str, Any]) -> str:

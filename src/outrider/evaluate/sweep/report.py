@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.evaluate.html import escaped, intervals, page, table, write_page
+from outrider.evaluate.workloads import told
 
 COLUMNS = ("measurement", "cells", "arm", "tokens per step", "speed-up", "the ledger")
 
@@ -27,6 +28,16 @@ def rows_of(document: dict[str, Any]) -> list[tuple[str, ...]]:
         if not g["done"]:
             out.append((*head, "", "", "", ""))
     return out
+
+
+def prompts_of(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """The measurements, and on which prompts they were made and how those were taken; those on the same ones together."""
+    labels: dict[str, list[str]] = {}
+    for g in document["groups"]:
+        if "data" in g:
+            labels.setdefault(told(g["data"]), []).append(g["label"])
+    alone = len(labels) == 1 and len(document["groups"]) == sum(map(len, labels.values()))
+    return [("all" if alone else ", ".join(names), said) for said, names in labels.items()]
 
 
 def with_interval(found: dict[str, Any]) -> str:
@@ -59,6 +70,7 @@ def write_sweep(path: Path, name: str, document: dict[str, Any]) -> None:
     body += _drawn("Tokens per step", lengths, "tokens per step, 1 = plain decoding", 1.0)
     body += _drawn("Speed-up over the base arm", speeds, "speed-up, 1 = the base; interleaved within a cell", 1.0)
     body += ["<h2>Numbers</h2><p>95% intervals over prompts.</p>", table(COLUMNS, rows_of(document))]
+    body += ["<h2>Prompts</h2>", table(("measurement", "prompts"), said)] if (said := prompts_of(document)) else []
     if document["failed"]:
         body += ["<h2>Failed</h2>", table(("cell", "reason"), [(f["label"], f["reason"]) for f in document["failed"]])]
     machines = [

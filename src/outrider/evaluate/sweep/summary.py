@@ -37,6 +37,8 @@ def summarise(cells: Sequence[Cell], book: Book, kinds: Mapping[str, Kind]) -> d
             "cells": len(group),
         }
         row |= {"done": len(done), "failed": sum(bool(k.failed) for k in found)}
+        said = next((k.record["result"]["data"] for _, k in done if k.record and "data" in k.record["result"]), None)
+        row |= {} if said is None else {"data": said}
         if done and row["kind"] == "bench":
             records = [k.record["result"]["rows"] for _, k in done if k.record is not None]
             row["acceptance"] = acceptance(records)

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from outrider.pictured import FIRST_KEY, ImageInput, ImagePrompt, ImageRows, Pic
 from outrider.pictures import as_pictures, trial_picture
 
 KEPT = 256 << 20
-"""Bytes of rows that are kept for images that no sequence has at the moment."""
+"""Bytes of rows that are kept for images that were seen last, whether anybody has them or not."""
 KNOWN = 1 << 16
 """Images whose keys are remembered, so that the cache of beginnings knows them again."""
 
@@ -45,6 +46,8 @@ class HFImages:
         self._refused: str | None = None
         self._key, self._keys = FIRST_KEY, OrderedDict[bytes, int]()
         self._rows: OrderedDict[tuple[bytes, int], ImageRows] = OrderedDict()
+        # rows that a sequence or a waiting prompt has are known as long as it has them, however many they are
+        self._held: WeakValueDictionary[tuple[bytes, int], ImageRows] = WeakValueDictionary()
 
     # ------------------------------------------------------------------ the processor
     @property
@@ -178,10 +181,8 @@ class HFImages:
 
     def _rows_of(self, image: ImageInput) -> ImageRows:
         name = (image.digest, self.target.weights)
-        found = self._rows.pop(name, None)
-        if found is None:
-            found = self._seen(image)
-        self._rows[name] = found
+        found = self._rows.pop(name, None) or self._held.get(name) or self._seen(image)
+        self._rows[name] = self._held[name] = found
         held = sum(rows.nbytes for rows in self._rows.values())
         while held > KEPT and len(self._rows) > 1:
             held -= self._rows.popitem(last=False)[1].nbytes
