@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,6 +34,8 @@ pytestmark = pytest.mark.skipif(
 )
 REQUESTS: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.3}]
 DEPTHS = [(4, 4, 4), (1, 4, 2), (0, 3, 0), (1, 0, 1)]
+BELIEVED = {0.05: ((0.9, 2.0), (0.2, -1.0), (0.5, 5.0)), 0.3: ((0.6, 2.0), (0.95, 6.0), (0.7, 4.0))}
+"""Thresholds, and what is believed of each slot."""
 
 
 def views(sizes: Sequence[int], vocab: int) -> list[SequenceView]:
@@ -180,15 +183,15 @@ def test_a_chain_that_stops_is_its_levels(name: str, sample: Any, monkeypatch: p
     """It ends at the same place, promises the same, and some chains end early and some do not."""
     made: list[ByGain] = []
 
-    def growth(vocab: int) -> ByGain:
+    def growth(vocab: int, least: float, believed: Sequence[tuple[float, float]]) -> ByGain:
         made.append(ByGain(4, 4, vocab, least=least, sample=sample))
         for slot, belief in enumerate(believed):
             made[-1].beliefs[slot] = Belief(*belief)
         return made[-1]
 
     lengths = set[int]()
-    for least, believed in ((0.05, ((0.9, 2.0), (0.2, -1.0), (0.5, 5.0))), (0.3, ((0.6, 2.0), (0.95, 6.0), (0.7, 4.0)))):
-        draft = MAKERS[name](growth)
+    for least, believed in BELIEVED.items():
+        draft = MAKERS[name](partial(growth, least=least, believed=believed))
         for depths in DEPTHS:
             made.clear()
             together, one_by_one = both_ways(lambda depths=depths, draft=draft: draft(depths), monkeypatch)

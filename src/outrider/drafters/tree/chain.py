@@ -37,8 +37,8 @@ ENDED = -1.0
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
-    """Chains end where a further token is expected to bring no more than `least` (see `ByGain`). beliefs: by sequence; `promised` is
-    filled in."""
+    """Chains end where a further token is expected to bring no more than `least` (see `ByGain`). beliefs: by sequence; their
+    `promised` is filled in."""
 
     least: float
     beliefs: Sequence[Belief]
