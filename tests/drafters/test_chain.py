@@ -163,7 +163,7 @@ def check_same(together: Draft, one_by_one: Draft) -> None:
     if together.q is not None and one_by_one.q is not None:
         drawn = [k for k, row in enumerate(together.q.row) if row >= 0]
         assert drawn == [k for k, row in enumerate(one_by_one.q.row) if row >= 0] and drawn
-        rows, twins = ([x.q.row[k] for k in drawn] for x in (together, one_by_one))
+        rows, twins = ([q.row[k] for k in drawn] for q in (together.q, one_by_one.q))
         assert torch.equal(together.q.probs[rows], one_by_one.q.probs[twins])
         assert together.q.sound is together.q.probs
 
