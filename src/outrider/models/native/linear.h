@@ -86,7 +86,10 @@ inline void step(vf (&acc)[M][R], const bf16* w, int64_t ldw, const Packing<bf16
 #if OUTRIDER_BF16_DOT
     __m512i a[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) a[r] = load<__m512i>(w + r * ldw);
+    for (int r = 0; r < R; ++r) {
+        a[r] = load<__m512i>(w + r * ldw);
+        if (fits(M, R)) hold(a[r]);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
         const __m512i b = load<__m512i>(x + m * ldx);
