@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.medusa.sequential_drafter import SequentialDrafter
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.tree import chain
+from outrider.drafters.tree.chances import Belief
 from outrider.drafters.tree.forest import Forest
+from outrider.drafters.tree.gain import ByGain
 from outrider.drafters.tree.growth import LevelLogits, Levels
 from outrider.drafters.tree.shapes import levels
 from outrider.models.load import load_target
@@ -31,6 +34,8 @@ pytestmark = pytest.mark.skipif(
 )
 REQUESTS: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.3}]
 DEPTHS = [(4, 4, 4), (1, 4, 2), (0, 3, 0), (1, 0, 1)]
+BELIEVED = {0.05: ((0.9, 2.0), (0.2, -1.0), (0.5, 5.0)), 0.3: ((0.6, 2.0), (0.95, 6.0), (0.7, 4.0))}
+"""Thresholds, and what is believed of each slot."""
 
 
 def views(sizes: Sequence[int], vocab: int) -> list[SequenceView]:
@@ -58,11 +63,20 @@ def after_a_prompt(these: list[SequenceView], width: int, taps: int, vocab: int)
     )
 
 
-def eagles(kind: str) -> Callable[[Sequence[int]], Draft]:
+Grown = Levels | ByGain
+GrowthOf = Callable[[int], Grown]
+"""From the size of a vocabulary to a growth of chains of at most four tokens."""
+
+
+def whole(vocab: int) -> Grown:
+    return Levels(levels((1,) * 4), vocab)
+
+
+def eagles(kind: str, growth: GrowthOf = whole) -> Callable[[Sequence[int]], Draft]:
     network = eagle(kind)
 
     def draft(depths: Sequence[int]) -> Draft:
-        drafter = EagleDrafter(network, Levels(levels((1,) * 4), V))
+        drafter = EagleDrafter(network, growth(V))
         drafter.bind(3, 40)
         width = getattr(network.config, "target_hidden", None) or network.config.hidden
         return drafter.draft(after_a_prompt(views((5, 9, 3), V), width, len(drafter.layers), V), depths)
@@ -70,29 +84,29 @@ def eagles(kind: str) -> Callable[[Sequence[int]], Draft]:
     return draft
 
 
-def sequences() -> Callable[[Sequence[int]], Draft]:
+def sequences(growth: GrowthOf = whole) -> Callable[[Sequence[int]], Draft]:
     network = wide()
 
     def draft(depths: Sequence[int]) -> Draft:
-        drafter = SequentialDrafter(network, Levels(levels((1,) * 4), V))
+        drafter = SequentialDrafter(network, growth(V))
         drafter.bind(3, 40)
         return drafter.draft(after_a_prompt(views((5, 9, 3), V), WIDE, 2, V), depths)
 
     return draft
 
 
-def models() -> Callable[[Sequence[int]], Draft]:
+def models(growth: GrowthOf = whole) -> Callable[[Sequence[int]], Draft]:
     model = load_target(str(shipped("draft")))
     vocab = model.vocab_size
 
     def draft(depths: Sequence[int]) -> Draft:
-        drafter = ModelDrafter(model, 4)
+        drafter = ModelDrafter(model, 4, growth=growth(vocab), vocab_size=vocab)
         drafter.bind(3, 40)
         these = views((5, 9, 3), vocab)
         made = drafter.draft(evidence(these, vocab), depths)
         for i, v in enumerate(these):
             held = drafter.cache.held[v.slot]
-            fed = max(0, depths[i] - 1)
+            fed = max(0, made.counts[i] - 1)
             assert held == ([*v.tokens, *made.tree(i)[0][:fed]] if depths[i] else held)
             assert drafter.cache.kv.length[v.slot] == len(held)
         return made
@@ -100,7 +114,7 @@ def models() -> Callable[[Sequence[int]], Draft]:
     return draft
 
 
-def heads() -> Callable[[Sequence[int]], Draft]:
+def heads(growth: GrowthOf = whole) -> Callable[[Sequence[int]], Draft]:
     noise = torch.Generator().manual_seed(2)
 
     def draft(depths: Sequence[int]) -> Draft:
@@ -108,40 +122,84 @@ def heads() -> Callable[[Sequence[int]], Draft]:
         forest, live = Forest(3), sum(d > 0 for d in depths)
         logits = 3.0 * torch.randn(4, live, V, generator=noise)
         step = evidence(views((5, 9, 3), V), V)
-        Levels(levels((1,) * 4), V).grow(step, depths, forest, logits[0], LevelLogits(logits, depths, forest))
+        growth(V).grow(step, depths, forest, logits[0], LevelLogits(logits, depths, forest))
         return forest.draft(torch.device("cpu"), "iid")
 
     return draft
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda: eagles("eagle3"), lambda: eagles("few tokens"), lambda: eagles("eagle1"), sequences, models, heads],
-    ids=["EAGLE-3", "EAGLE-3 of few tokens", "EAGLE-1", "sequential heads", "draft model", "heads"],
-)
-def test_a_chain_is_its_levels(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    draft, real, used = make(), chain.grow, list[bool]()
+MAKERS: dict[str, Callable[..., Callable[[Sequence[int]], Draft]]] = {
+    "EAGLE-3": lambda *growth: eagles("eagle3", *growth),
+    "EAGLE-3 of few tokens": lambda *growth: eagles("few tokens", *growth),
+    "EAGLE-1": lambda *growth: eagles("eagle1", *growth),
+    "sequential heads": sequences,
+    "draft model": models,
+    "heads": heads,
+}
+
+
+def both_ways(draft: Callable[[], Draft], monkeypatch: pytest.MonkeyPatch) -> tuple[Draft, Draft]:
+    """The draft of the compiled call, which must apply, and that of the levels one by one."""
+    real, used = chain.grow, list[bool]()
 
     def watched(*given: object) -> bool:
         used.append(real(*given))  # type: ignore[arg-type]
         return used[-1]
 
+    with monkeypatch.context() as patched:
+        patched.setattr(chain, "grow", watched)
+        together = draft()
+        patched.setattr(chain, "grow", lambda *given: False)
+        one_by_one = draft()
+    assert used == [True]
+    return together, one_by_one
+
+
+def check_same(together: Draft, one_by_one: Draft) -> None:
+    """The same tokens, from the same distributions, bit for bit."""
+    assert together.counts == one_by_one.counts
+    assert together.tokens == one_by_one.tokens and together.parent == one_by_one.parent
+    assert (together.q is None) == (one_by_one.q is None)
+    if together.q is not None and one_by_one.q is not None:
+        drawn = [k for k, row in enumerate(together.q.row) if row >= 0]
+        assert drawn == [k for k, row in enumerate(one_by_one.q.row) if row >= 0] and drawn
+        rows, twins = ([q.row[k] for k in drawn] for q in (together.q, one_by_one.q))
+        assert torch.equal(together.q.probs[rows], one_by_one.q.probs[twins])
+        assert together.q.sound is together.q.probs
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_chain_is_its_levels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = MAKERS[name]()
     for depths in DEPTHS:
-        with monkeypatch.context() as patched:
-            patched.setattr(chain, "grow", watched)
-            together = draft(depths)
-            patched.setattr(chain, "grow", lambda *given: False)
-            one_by_one = draft(depths)
-        assert together.counts == one_by_one.counts == tuple(depths)
-        assert together.tokens == one_by_one.tokens and together.parent == one_by_one.parent
-        assert (together.q is None) == (one_by_one.q is None)
-        if together.q is not None and one_by_one.q is not None:
-            drawn = [k for k, row in enumerate(together.q.row) if row >= 0]
-            assert drawn == [k for k, row in enumerate(one_by_one.q.row) if row >= 0] and drawn
-            rows, twins = ([x.q.row[k] for k in drawn] for x in (together, one_by_one))
-            assert torch.equal(together.q.probs[rows], one_by_one.q.probs[twins])
-            assert together.q.sound is together.q.probs
-    assert used == [True] * len(DEPTHS)
+        together, one_by_one = both_ways(lambda depths=depths: draft(depths), monkeypatch)
+        assert together.counts == tuple(depths)
+        check_same(together, one_by_one)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("sample", ["sampled", "greedy"])
+def test_a_chain_that_stops_is_its_levels(name: str, sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at the same place, promises the same, and some chains end early and some do not."""
+    made: list[ByGain] = []
+
+    def growth(vocab: int, least: float, believed: Sequence[tuple[float, float]]) -> ByGain:
+        made.append(ByGain(4, 4, vocab, least=least, sample=sample))
+        for slot, belief in enumerate(believed):
+            made[-1].beliefs[slot] = Belief(*belief)
+        return made[-1]
+
+    lengths = set[int]()
+    for least, believed in BELIEVED.items():
+        draft = MAKERS[name](partial(growth, least=least, believed=believed))
+        for depths in DEPTHS:
+            made.clear()
+            together, one_by_one = both_ways(lambda depths=depths, draft=draft: draft(depths), monkeypatch)
+            check_same(together, one_by_one)
+            assert made[0].beliefs == made[1].beliefs
+            assert any(b.promised for b in made[0].beliefs.values())
+            lengths |= {n - depth for n, depth in zip(together.counts, depths, strict=True) if depth}
+    assert 0 in lengths and min(lengths) < 0
 
 
 def test_a_row_without_a_distribution_ends_its_own_chain_only() -> None:

@@ -74,6 +74,17 @@ def distributions(x: Float[Tensor, "n V"], temperature: Sequence[float]) -> Floa
     return out
 
 
+def certainty(x: Float[Tensor, "n V"], *, drawn: bool) -> list[float] | None:
+    """drawn: of each row, a distribution of float32, the sum of its squares; otherwise, of a row of logits, the probability of its
+    most likely token at temperature 1 (NaN where there is none)."""
+    library = _library(x) if x.dtype is torch.float32 else None
+    if library is None:
+        return None
+    out = array("d", bytes(8 * len(x)))
+    library.outrider_certainty(x.data_ptr(), len(x), x.shape[1], drawn, out.buffer_info()[0])
+    return out.tolist()
+
+
 def chain_library(x: Tensor) -> ctypes.CDLL | None:
     """The library with `outrider_chain` (drafters/tree/chain.py), if it can read these logits."""
     return _library(x) if x.dtype is torch.float32 else None
@@ -94,7 +105,9 @@ def _loaded() -> ctypes.CDLL | None:
         found.outrider_best.argtypes = (pointer, flag, whole, whole, whole, pointer, pointer)
         found.outrider_peaks.argtypes = (pointer, whole, whole, pointer)
         found.outrider_distributions.argtypes = (pointer, whole, whole, pointer, pointer)
+        found.outrider_certainty.argtypes = (pointer, whole, whole, flag, pointer)
         found.outrider_chain.argtypes, found.outrider_chain.restype = (ctypes.c_char_p,), flag
-        for function in (found.outrider_draws, found.outrider_best, found.outrider_peaks, found.outrider_distributions):
+        several = found.outrider_draws, found.outrider_best, found.outrider_peaks, found.outrider_distributions
+        for function in (*several, found.outrider_certainty):
             function.restype = None
     return found

@@ -69,6 +69,21 @@ inline int64_t place(const float* x, int64_t n, float most) {
     return n;
 }
 
+// The sum of the squares of a distribution.
+inline double squares(const float* p, int64_t n) {
+    double total = 0.0;
+    for (int64_t from = 0; from < n; from += BLOCK) {
+        V sum = {};
+        for (int64_t i = from; i < std::min(n, from + BLOCK); i += N) {
+            V v = {};
+            std::memcpy(&v, p + i, (i + N <= n ? N : n - i) * sizeof(float));
+            sum += v * v;
+        }
+        for (int l = 0; l < N; ++l) total += sum[l];
+    }
+    return total;
+}
+
 // softmax of x / temperature. A row without a finite maximum becomes NaN.
 inline void soften(const float* x, int64_t n, float temperature, float* out) {
     const float most = peak(x, n);
@@ -86,6 +101,18 @@ inline void soften(const float* x, int64_t n, float temperature, float* out) {
     int64_t i = 0;
     for (; i + N <= n; i += N) put(out, entries(out, i, n) * scale, i, n);
     for (; i < n; ++i) out[i] *= scale;
+}
+
+// The largest entry of softmax(x), the one that `soften` would write; NaN as there.
+inline float share(const float* x, int64_t n) {
+    const float most = peak(x, n);
+    double total = 0.0;
+    for (int64_t from = 0; from < n; from += BLOCK) {
+        V sum = {};
+        for (int64_t i = from; i < std::min(n, from + BLOCK); i += N) sum += exp_of(entries(x, i, n) - most);
+        for (int l = 0; l < N; ++l) total += sum[l];
+    }
+    return (float)(1.0 / total);
 }
 
 // The distribution of a request: softmax, or at temperature 0 all mass on the first of the largest entries (a token of some kind where

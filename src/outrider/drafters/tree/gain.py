@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider.drafters.tree import chain
 from outrider.drafters.tree.chances import USUAL, Belief, by_rank, plan
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import (
@@ -30,6 +31,7 @@ from outrider.drafters.tree.growth import (
 )
 from outrider.drafters.tree.shapes import MAX_NODES, levels
 from outrider.errors import ConfigError
+from outrider.nn import picks
 from outrider.transfer import Pending, fetch
 from outrider.types import POINT_MASS, Evidence, Siblings
 
@@ -72,6 +74,37 @@ class ByGain:
     ) -> None:
         """See `Growth.grow`."""
         beliefs = self._learn(evidence)
+        if not self._in_one_call(evidence, depths, forest, logits, follow, beliefs):
+            self._by_level(evidence, depths, forest, logits, follow, beliefs)
+        for i, depth in enumerate(depths):
+            if depth:
+                beliefs[i].tokens = tuple(forest.tokens[i])
+
+    def _in_one_call(
+        self,
+        evidence: Evidence,
+        depths: Sequence[int],
+        forest: Forest,
+        logits: Float[Tensor, "n W"],
+        follow: NextLogits,
+        beliefs: list[Belief],
+    ) -> bool:
+        """Chains in compiled code, where that applies."""
+        if self.trees or logits.shape[-1] != self.vocab_size:
+            return False
+        most, drawn = min(self.depth, self.nodes), self.drawing.sample == "sampled"
+        stopping = chain.Stopping(self.least, beliefs)
+        return chain.grow(evidence, [min(d, most) for d in depths], forest, logits, follow, drawn, stopping)
+
+    def _by_level(
+        self,
+        evidence: Evidence,
+        depths: Sequence[int],
+        forest: Forest,
+        logits: Float[Tensor, "n W"],
+        follow: NextLogits,
+        beliefs: list[Belief],
+    ) -> None:
         chance: dict[int, list[float]] = {i: [] for i, d in enumerate(depths) if d}  # by node
         frontier, free = [(i, -1) for i in chance], isinstance(follow, LevelLogits)
         kinds = [self.drawing.kind(v.params) for v in evidence.sequences]
@@ -86,8 +119,6 @@ class ByGain:
             if not frontier:
                 break
             logits = follow(frontier)
-        for i in chance:
-            beliefs[i].tokens = tuple(forest.tokens[i])
 
     def forget(self, slots: Sequence[int]) -> None:
         """See `Growth.forget`."""
@@ -154,9 +185,13 @@ class _Offer:
 
 def _certainty(group: Chosen, logits: Float[Tensor, "n V"]) -> Float[Tensor, "r"]:
     """Of a distribution that tokens are drawn from, the sum of its squares; else the probability of the most likely token."""
-    if group.kind == "drawn":
-        return group.probs.square().sum(-1)
-    mine = logits[group.rows].float()
+    drawn = group.kind == "drawn"
+    rows = group.probs if drawn else logits[group.rows]
+    if (found := picks.certainty(rows, drawn=drawn)) is not None:
+        return torch.tensor(found, dtype=torch.float64)
+    if drawn:
+        return rows.double().square().sum(-1)
+    mine = rows.float()
     return torch.exp(mine.amax(-1) - mine.logsumexp(-1))
 
 

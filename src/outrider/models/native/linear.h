@@ -71,7 +71,10 @@ template <int M, int R>
 inline void step(vf (&acc)[M][R], const float* w, int64_t ldw, const float* x, int64_t ldx) {
     vf a[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) a[r] = load<vf>(w + r * ldw);
+    for (int r = 0; r < R; ++r) {
+        a[r] = load<vf>(w + r * ldw);
+        if (fits(M, R)) hold(a[r]);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
         vf b = load<vf>(x + m * ldx);
@@ -86,7 +89,10 @@ inline void step(vf (&acc)[M][R], const bf16* w, int64_t ldw, const Packing<bf16
 #if OUTRIDER_BF16_DOT
     __m512i a[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) a[r] = load<__m512i>(w + r * ldw);
+    for (int r = 0; r < R; ++r) {
+        a[r] = load<__m512i>(w + r * ldw);
+        if (fits(M, R)) hold(a[r]);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
         const __m512i b = load<__m512i>(x + m * ldx);
@@ -97,7 +103,10 @@ inline void step(vf (&acc)[M][R], const bf16* w, int64_t ldw, const Packing<bf16
 #else
     vu a[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) a[r] = load<vu>(w + r * ldw) << 16;
+    for (int r = 0; r < R; ++r) {
+        a[r] = load<vu>(w + r * ldw) << 16;
+        if (fits(M, R)) hold(a[r]);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
         vf b = load<vf>(x + m * ldx);
@@ -106,7 +115,10 @@ inline void step(vf (&acc)[M][R], const bf16* w, int64_t ldw, const Packing<bf16
         for (int r = 0; r < R; ++r) acc[m][r] = fma((vf)a[r], b, acc[m][r]);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) a[r] = load<vu>(w + r * ldw) & 0xffff0000u;
+    for (int r = 0; r < R; ++r) {
+        a[r] = load<vu>(w + r * ldw) & 0xffff0000u;
+        if (fits(M, R)) hold(a[r]);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
         vf b = load<vf>(x + m * ldx + LANES);

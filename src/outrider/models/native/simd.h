@@ -64,8 +64,10 @@ inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// Keeps a loaded x in a register: compilers like to fold the load into every multiplication that uses it, and loads then limit.
-inline void hold(vf& v) {
+// Keeps what was loaded in a register: compilers like to fold the load into every multiplication that uses it, or to load again for
+// each, and loads then limit.
+template <class Vector>
+inline void hold(Vector& v) {
 #if defined(__AVX512F__)
     asm("" : "+v"(v));
 #elif defined(__AVX2__)
