@@ -22,7 +22,7 @@ def benchmark(monkeypatch):
     import image_tokens  # type: ignore[import-not-found]
 
     monkeypatch.setattr(image_tokens, "LAYERS", 4)
-    monkeypatch.setattr(image_tokens, "HEADS", 6)
+    monkeypatch.setattr(image_tokens, "HEADS", 8)
     monkeypatch.setattr(image_tokens, "INNER", 208)
     return image_tokens
 
@@ -45,7 +45,7 @@ def logits_of(folder: Path) -> torch.Tensor:
 def test_a_grown_target_has_the_distributions_of_the_small_one(benchmark, small: Path, tmp_path: Path) -> None:
     big = benchmark.grow(small, tmp_path / "big")
     config = json.loads((big / "config.json").read_text())
-    assert (config["num_hidden_layers"], config["num_attention_heads"], config["intermediate_size"]) == (4, 6, 208)
+    assert (config["num_hidden_layers"], config["num_attention_heads"], config["intermediate_size"]) == (4, 8, 208)
     count = [sum(t.numel() for t in load_file(f / "model.safetensors").values()) for f in (small, big)]
     assert count[1] > 20 * count[0]
     torch.testing.assert_close(logits_of(big), logits_of(small), rtol=1e-4, atol=1e-4)
