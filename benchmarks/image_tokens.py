@@ -30,6 +30,7 @@ from outrider.assets import shipped_images
 from outrider.evaluate.images import Painter, load_painter
 from outrider.evaluate.measure import machine
 from outrider.evaluate.statistics.ratios import paired_ratio
+from outrider.raster import read_raster
 
 COPIES = 8
 """Of every channel of the residual stream: a power of two, so that dividing by it is exact in bfloat16."""
@@ -125,8 +126,8 @@ def measure(target: Path, parts: Path, slots: int, args: argparse.Namespace) -> 
         )
         for name, (draft, rule) in named.items()
     }  # fmt: skip
-    classes, order = list(painters["plain"].raster.classes), random.Random(0)
-    jobs = [(classes[i % len(classes)], i) for i in range(args.pictures)]
+    classes, order = list(read_raster(target).classes), random.Random(0)
+    jobs: list[tuple[str | None, int]] = [(classes[i % len(classes)], i) for i in range(args.pictures)]
     groups = [jobs[i : i + slots] for i in range(0, len(jobs), slots)]
     for painter in painters.values():
         drawn(painter, groups[0])  # compiles, and reads the weights once

@@ -65,7 +65,8 @@ def places(
         Emitted(raster.prompt(name), list(d.tokens), False, raster.tokens, i)
         for i, (name, d) in enumerate(zip(names, drawings, strict=True))
     ]
-    draft = painter.engine.parts.drafter.model  # guided, as it drafts
+    drafter: Any = painter.engine.parts.drafter
+    draft = drafter.model  # guided, as it drafts
     found = score(painter.engine, draft, texts, [""] * len(texts), params, Clock(), lambda _: None, rows=count)
     codes = len(raster.colours)
     p, q = (rows[:, :codes] for rows in (found.target_rows, found.draft_rows))
