@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from outrider.models.folder import resolve_folder
 from outrider.protocols import ImageReader, Target
 
 INSTALL = 'pip install "outrider[images]"'
+REINSTALL = "pip install --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/cpu"
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -35,12 +38,12 @@ def images_of(target: Target, source: str | Path | Any | None) -> ImageReader | 
 
     assert isinstance(target, HFTarget)
     make: Callable[[], Any] = (
-        (lambda: _processor(resolve_folder(source))) if isinstance(source, str | Path) else lambda: source
+        (lambda: processor_of(resolve_folder(source))) if isinstance(source, str | Path) else lambda: source
     )
     return HFImages(target, make)
 
 
-def _processor(folder: Path) -> Any:
+def processor_of(folder: Path) -> Any:
     """The processor of a checkpoint; runs no code of it. Raises CapabilityError if it cannot be had here."""
     found = [folder / name for name in _FILES if (folder / name).is_file()]
     if not found:
@@ -54,17 +57,32 @@ def _processor(folder: Path) -> Any:
             )
     if find_spec("PIL") is None:
         raise ConfigError(f"images need Pillow: {INSTALL}")
-    from transformers import AutoProcessor
-
     try:
+        from transformers import AutoProcessor
+
         made = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # missing packages and damaged files end in errors of many kinds
-        missing = (
-            ""
-            if find_spec("torchvision") is not None
-            else f"; torchvision is not installed, and it may need it: {INSTALL}"
-        )
-        raise CapabilityError(f"the processor of {folder} cannot be loaded ({brief(error)}){missing}") from None
+        raise CapabilityError(
+            f"the processor of {folder} cannot be loaded ({brief(error)}){_of_torchvision()}"
+        ) from None
     if not is_processor(made):
         raise CapabilityError(f"{folder} has no processor for images: choose an image-text-to-text model")
     return made
+
+
+def _of_torchvision() -> str:
+    """What to say of torchvision, which some processors need, behind the reason of a failure; "" where it works.
+
+    pip takes PyTorch and torchvision from different places if one was asked for from an index of its own; such a pair cannot be
+    imported.
+    """
+    if find_spec("torchvision") is None:
+        return f"; torchvision is not installed, and it may need it: {INSTALL}"
+    try:
+        import_module("torchvision")
+    except Exception as error:  # a library of another build may fail in any way
+        return (
+            f"; torchvision is of another build than PyTorch {version('torch')} ({brief(error)}): install it from where PyTorch "
+            f"came, as in {REINSTALL}"
+        )
+    return ""
