@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,10 @@ from outrider.files import read_json
 from outrider.models.admit import brief
 from outrider.models.config import CONFIG_BYTES
 from outrider.models.folder import resolve_folder
+from outrider.models.packages import broken_torchvision
 from outrider.protocols import ImageReader, Target
 
 INSTALL = 'pip install "outrider[images]"'
-REINSTALL = "pip install --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/cpu"
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -62,27 +60,10 @@ def processor_of(folder: Path) -> Any:
 
         made = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # missing packages and damaged files end in errors of many kinds
-        raise CapabilityError(
-            f"the processor of {folder} cannot be loaded ({brief(error)}){_of_torchvision()}"
-        ) from None
+        missing = find_spec("torchvision") is None
+        why = f"torchvision is not installed, and it may need it: {INSTALL}" if missing else broken_torchvision()
+        said = f"the processor of {folder} cannot be loaded ({brief(error)})"
+        raise CapabilityError(f"{said}; {why}" if why else said) from None
     if not is_processor(made):
         raise CapabilityError(f"{folder} has no processor for images: choose an image-text-to-text model")
     return made
-
-
-def _of_torchvision() -> str:
-    """What to say of torchvision, which some processors need, behind the reason of a failure; "" where it works.
-
-    pip takes PyTorch and torchvision from different places if one was asked for from an index of its own; such a pair cannot be
-    imported.
-    """
-    if find_spec("torchvision") is None:
-        return f"; torchvision is not installed, and it may need it: {INSTALL}"
-    try:
-        import_module("torchvision")
-    except Exception as error:  # a library of another build may fail in any way
-        return (
-            f"; torchvision is of another build than PyTorch {version('torch')} ({brief(error)}): install it from where PyTorch "
-            f"came, as in {REINSTALL}"
-        )
-    return ""
