@@ -114,10 +114,15 @@ test-gguf: $(STAMP)  ## a real GGUF file and llama.cpp's vocabularies (downloads
 	@test -d .venv-gguf/vocabularies || .venv-gguf/bin/python tests/outside/gguf/fetch.py .venv-gguf/vocabularies
 	VOCABULARIES=.venv-gguf/vocabularies OMP_PROC_BIND=false HF_HUB_OFFLINE=1 .venv-gguf/bin/python -m pytest -q -o timeout=3600 tests/outside/gguf
 
-test-images: $(STAMP)  ## models whose processors need torchvision: AutoProcessor's own, against transformers' generate
-	@test -x .venvs/images/bin/python || $(PYTHON) -m venv .venvs/images
+.venvs/images/.made: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv .venvs/images
 	@.venvs/images/bin/$(INSTALL) --constraint constraints.txt --editable ".[dev,images]"
-	$(TEST_ENV) .venvs/images/bin/python -m pytest -q tests/outside/images
+	@.venvs/images/bin/python -c "import torchvision" 2>/dev/null || { \
+	  echo "torchvision is of another build than PyTorch here: IMAGES_PYTHON=PATH names a Python in which both fit"; exit 1; }
+	@touch $@
+
+test-images: $(if $(IMAGES_PYTHON),,.venvs/images/.made)  ## models whose processors need torchvision, against transformers' generate; IMAGES_PYTHON names another Python
+	@PYTHONPATH=src $(TEST_ENV) $(or $(IMAGES_PYTHON),.venvs/images/bin/python) -m pytest -q tests/outside/images
 
 test-vllm: .venv-vllm/.outrider  ## Outrider inside vLLM's own server (about 40 minutes on two cores)
 	OMP_PROC_BIND=false HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q -o timeout=3600 -m "slow or not slow" tests/outside/vllm

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import image_data
+import image_distance
 import numpy as np
 
 from outrider.evaluate.audit.audit import Auditor
@@ -215,6 +216,9 @@ def evaluate(folder: Path, images: image_data.Images, work: Path, count: int = P
             f"{arm.name}: {made['per_pass'][0]:.2f} tokens a pass, ledger {made['ledger']}, {made.get('audit')}",
             flush=True,
         )
+    if not (moved := work / "moved.json").is_file():
+        found = image_distance.measure(folder, images, wanted(images, 60))
+        write_whole(moved, (json.dumps(found) + "\n").encode())
 
 
 def show(arm: Arm, drawings: list[Drawing], work: Path, count: int = 10) -> None:
@@ -237,17 +241,23 @@ def measured(work: Path, kind: str) -> list[dict[str, Any]]:
 
 def page(work: Path, docs: Path) -> None:
     """The tables of docs/images.md, its grid and its figure."""
-    parts = []
+    parts, moved = [], {}
     for kind in ("digits", "textures"):
         found = measured(work, kind)
         if not found:
             continue
         parts.append(table(kind, found))
+        if (file := work / kind / "moved.json").is_file():
+            moved[kind] = json.loads(file.read_text())
+            parts.append(
+                f"How far the rules move probability, {kind}:\n\n" + "\n".join(image_distance.table(moved[kind]))
+            )
         rows = [work / kind / f"row-{name.replace(' ', '-')}.npy" for name in SHOWN]
         rows = [np.load(r) for r in rows if r.is_file()]
         scale = 6 if kind == "digits" else 2
         write_whole(docs / "figures" / "images" / f"{kind}.png", png(enlarged(grid(rows, 1, gap=2), scale)))
     figure(work, docs / "figures" / "images" / "distance.svg")
+    image_distance.figure(moved, docs / "figures" / "images" / "moved.svg")
     m = machine()
     parts.append(f"{m['cpu']}, torch {m['versions']['torch']}, a shared machine (nothing in these tables is a time).")
     path = docs / "images.md"

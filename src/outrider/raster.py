@@ -43,6 +43,15 @@ class Raster:
         """Tokens of one image."""
         return self.height * self.width
 
+    @property
+    def side(self) -> int:
+        """Pixels of a token's side."""
+        return int(self.colours.shape[1])
+
+    def cells(self, values: Sequence[Any]) -> Sequence[Any]:
+        """Of one value for every token those of tokens that are drawn: all."""
+        return values
+
     def prompt(self, name: str | None) -> list[int]:
         """The prompt of an image of class `name`; None: of no class. ConfigError for a class that the model does not have."""
         if name is None:

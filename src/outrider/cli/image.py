@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,7 @@ from outrider.cli.image_options import ImageOptions
 from outrider.cli.options import Json
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
+from outrider.errors import ConfigError
 from outrider.options import EngineOptions
 
 
@@ -26,6 +28,8 @@ def image(options: EngineOptions, asked: ImageOptions, sampling: Any, json: Json
     --draft also takes jacobi:5, jacobi:5:up and counts.
 
     Example: outrider image --class 7 --out grid.png --colour
+
+    A model of transformers that writes images: outrider image --target JANUS --prompt "a red boat" --count 1
     """
     from outrider.assets import shipped_images
     from outrider.evaluate.images import load_painter
@@ -41,25 +45,48 @@ def image(options: EngineOptions, asked: ImageOptions, sampling: Any, json: Json
             guidance=asked.guidance,
             slots=min(asked.count, 16),
             allow_lossy=options.allow_lossy,
+            size=size_of(asked.size),
         )
+    jobs = wanted(asked, painter.raster)
     tell(painter.engine.notices)
+    scale = asked.scale or (1 if asked.prompt is not None else 8)
     columns = math.ceil(math.sqrt(asked.count))
     high, wide = grid([painter.raster.pixels([])] * asked.count, columns).shape[:2]
-    check_size((high * asked.scale, wide * asked.scale))  # before anything is drawn
+    check_size((high * scale, wide * scale))  # before anything is drawn
     show = Progress(painter.raster, columns)
     try:
-        drawings = painter.draw(wanted(asked, list(painter.raster.classes)), sampling.temperature, show)
+        drawings = painter.draw(jobs, sampling.temperature, show)
     finally:
         show.end()
     pictures = [d.coloured() if asked.colour else d.picture() for d in drawings]
-    write_whole(asked.out, png(enlarged(grid(pictures, columns), asked.scale)))
+    write_whole(asked.out, png(enlarged(grid(pictures, columns), scale)))
     document = document_of(painter.engine, asked)
     terminal.print_json(document) if json else print_document(document)
 
 
-def wanted(asked: ImageOptions, classes: list[str]) -> list[tuple[str | None, int]]:
-    """Class and seed of every picture."""
-    kinds = classes if asked.kind is None else [None if asked.kind == "none" else asked.kind]
+def size_of(text: str | None) -> tuple[int, int] | None:
+    """Height and width of "32x32". ConfigError for another text."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text.strip())
+    if found is None:
+        raise ConfigError(f"--size takes height x width in tokens, such as 32x32; got {text[:40]!r}")
+    return int(found[1]), int(found[2])
+
+
+def wanted(asked: ImageOptions, code: Any) -> list[tuple[str | None, int]]:
+    """Class or description, and seed, of every picture. ConfigError for the option that the model does not take."""
+    classes = getattr(code, "classes", None)
+    if classes is None:
+        if asked.prompt is None or asked.kind is not None:
+            raise ConfigError(
+                "this model writes images from a description: say what to draw with --prompt, without --class"
+            )
+        kinds: list[str | None] = [asked.prompt]
+    elif asked.prompt is not None:
+        raise ConfigError("this model draws classes, not descriptions: use --class")
+    else:
+        kinds = list(classes) if asked.kind is None else [None if asked.kind == "none" else asked.kind]
     return [(kinds[i % len(kinds)], asked.seed + i) for i in range(asked.count)]
 
 

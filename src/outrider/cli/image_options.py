@@ -27,6 +27,23 @@ class ImageOptions:
             show_default=False,
         ),
     ] = None
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="What to draw, in words, for models that write images (Janus, Emu3).",
+            show_default=False,
+        ),
+    ] = None
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            help="Height x width in tokens, such as 32x32, for models that write any size. Default: 90x90.",
+            show_default=False,
+        ),
+    ] = None
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=1024, help="Pictures in the grid.")] = 16
     target: Annotated[
         str | None,
@@ -34,7 +51,7 @@ class ImageOptions:
             "--target",
             "-t",
             callback=paths.model,
-            help="A folder with raster.json. Default: the shipped digits.",
+            help="A folder with raster.json, or of a model that writes images (Janus, Emu3). Default: the shipped digits.",
             show_default=False,
         ),
     ] = None
@@ -52,8 +69,15 @@ class ImageOptions:
         int, typer.Option("--seed", min=0, max=2**62, help="Seed of the first picture; the next ones follow.")
     ] = 0
     scale: Annotated[
-        int, typer.Option("--scale", min=1, max=64, help="Pixels of the file for a pixel of the model.")
-    ] = 8
+        int | None,
+        typer.Option(
+            "--scale",
+            min=1,
+            max=64,
+            help="Pixels of the file for a pixel of the model. Default: 8, or 1 for models that write images.",
+            show_default=False,
+        ),
+    ] = None
     colour: Annotated[
         bool,
         typer.Option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,25 +13,62 @@ import torch
 from outrider.build import Engine, build_engine
 from outrider.drafters.registry import load_drafter
 from outrider.errors import ConfigError
+from outrider.evaluate.generated import Opened, open_generator
 from outrider.evaluate.png import Picture
 from outrider.models.folder import resolve_folder
 from outrider.models.guided import Guided
+from outrider.models.hf.generators import GENERATORS, kind_of
 from outrider.models.load import load_target
 from outrider.params import SamplingParams
 from outrider.protocols import Target
-from outrider.raster import Raster, read_raster
-from outrider.verify import best_exact, load_rule
+from outrider.raster import FILE, read_raster
+from outrider.verify import best_exact, load_rule, reads_codes
 
 TINTS = {"accepted": (60, 170, 90), "corrected": (225, 50, 50), "bonus": (50, 150, 220), "sampled": (150, 150, 150)}
 """Colours of tokens by origin: accepted drafts, corrections where a draft was rejected, tokens behind a whole accepted draft."""
 
 
+class ImageCode(Protocol):
+    """What the tokens of a picture mean: a `Raster`, or a `Written` picture of a model with a decoder of its own.
+
+    tokens: of a picture. height, width: in drawn tokens. side: pixels of one of these.
+    """
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def side(self) -> int: ...
+
+    def cells(self, values: Sequence[Any]) -> Sequence[Any]:
+        """Of one value for every token those of tokens that are drawn."""
+        ...
+
+    def prompt(self, name: str | None) -> list[int]:
+        """Tokens before a picture of a class, or of a description."""
+        ...
+
+    def only_colours(self, vocab_size: int) -> dict[int, float]:
+        """A `logit_bias` that leaves nothing but colours to draw; empty where the target draws nothing else."""
+        ...
+
+    def pixels(self, tokens: Sequence[int]) -> Picture:
+        """The picture of all its tokens; without tokens a white one of its size."""
+        ...
+
+
 @dataclass(frozen=True)
 class Painter:
-    """An engine that draws pictures. raster: what its tokens mean."""
+    """An engine that draws pictures. raster: what its tokens mean; a class of it is a description where a model takes texts."""
 
     engine: Engine
-    raster: Raster
+    raster: ImageCode
 
     def request(self, name: str | None, seed: int, temperature: float = 1.0) -> tuple[list[int], SamplingParams]:
         """Prompt and parameters of one picture of class `name`."""
@@ -71,23 +109,23 @@ class Painter:
 class Drawing:
     """One picture: its tokens and where each came from."""
 
-    raster: Raster
+    raster: ImageCode
     tokens: list[int]
     origins: list[str]
 
     def picture(self) -> Picture:
-        """Greys [h, w]."""
+        """Greys [h, w], or colours [h, w, 3]."""
         return self.raster.pixels(self.tokens)
 
     def coloured(self, share: float = 0.45) -> Picture:
         """Colours [h, w, 3]: every token tinted by its origin."""
-        side = self.raster.colours.shape[1]
-        tints = np.asarray([TINTS[o] for o in self.origins], dtype=float).reshape(
+        side, picture = self.raster.side, self.picture()
+        tints = np.asarray([TINTS[o] for o in self.raster.cells(self.origins)], dtype=float).reshape(
             self.raster.height, self.raster.width, 3
         )
-        grey = np.repeat(self.picture()[:, :, None], 3, axis=2).astype(float)
+        plain = np.repeat(picture[:, :, None], 3, axis=2) if picture.ndim == 2 else picture
         wide = tints.repeat(side, axis=0).repeat(side, axis=1)
-        return np.round((1 - share) * grey + share * wide).astype(np.uint8)
+        return np.round((1 - share) * plain.astype(float) + share * wide).astype(np.uint8)
 
 
 def load_painter(
@@ -100,12 +138,48 @@ def load_painter(
     slots: int = 16,
     allow_lossy: bool = False,
     dtype: str = "float32",
+    size: tuple[int, int] | None = None,
 ) -> Painter:
     """An engine for the image model of a folder. draft: a spec of `load_drafter`; a draft model is guided as the target is.
 
-    guidance: its scale; None: the model's own. Raises ConfigError for a folder without raster.json, or one that does not fit.
+    guidance: its scale; None: the model's own. size: height and width in codes, for models that write pictures of any size. Raises
+    ConfigError for a folder that has no raster.json and is no model that writes images, or one whose raster.json does not fit.
     """
     place = resolve_folder(folder)
+    written = not (place / FILE).is_file() and kind_of(place) in GENERATORS
+    if size is not None and not written:
+        raise ConfigError(f"{place} has pictures of one size: leave out the size")
+    opened = open_generator(place, guidance, dtype, size) if written else open_raster(place, guidance, dtype)
+    if reads_codes(rule) and opened.points is None:
+        raise ConfigError(
+            f"rule {rule.partition(':')[0]!r} compares image codes, and those of {place} have no table of their own: "
+            "choose tv_budget"
+        )
+    made = load_rule(rule, opened.points)
+    drafter = load_drafter(
+        draft if length else "none",
+        target=opened.target,
+        length=length,
+        rule=made,
+        target_path=str(place),
+        load_model=lambda path: (opened.draft(path), None),
+        find_folder=resolve_folder,
+    )
+    engine = build_engine(
+        opened.target,
+        drafter,
+        rule=best_exact(drafter) if rule == "auto" else made,
+        length=length,
+        slots=slots,
+        max_length=opened.most,
+        allow_lossy=allow_lossy,
+        prefix_cache=not written,
+    )
+    return Painter(engine, opened.code)
+
+
+def open_raster(place: Path, guidance: float | None, dtype: str) -> Opened:
+    """A model whose folder has a raster.json."""
     raster = read_raster(place)
     scale = raster.guidance if guidance is None else guidance
 
@@ -119,24 +193,8 @@ def load_painter(
             f"{place}: its raster.json has token {most} and images of {raster.tokens}, and the model {target.vocab_size} tokens "
             f"and {target.max_length} positions: they are of different models"
         )
-    target = guided(target)
-    made = load_rule(rule, torch.from_numpy(raster.codes()))
-    drafter = load_drafter(
-        draft if length else "none",
-        target=target,
-        length=length,
-        rule=made,
-        target_path=str(place),
-        load_model=lambda path: (guided(load_target(path, dtype=dtype, role="draft")), None),
-        find_folder=resolve_folder,
-    )
-    engine = build_engine(
-        target,
-        drafter,
-        rule=best_exact(drafter) if rule == "auto" else made,
-        length=length,
-        slots=slots,
-        max_length=1 + raster.tokens,
-        allow_lossy=allow_lossy,
-    )
-    return Painter(engine, raster)
+
+    def draft(path: str) -> Target:
+        return guided(load_target(path, dtype=dtype, role="draft"))
+
+    return Opened(guided(target), raster, torch.from_numpy(raster.codes()), draft, 1 + raster.tokens)

@@ -14,6 +14,7 @@ from torch import nn
 
 from outrider.errors import ConfigError
 from outrider.models.config import MOST_LAYERS
+from outrider.models.packages import require_transformers
 
 _CAUSAL = "is_causal"
 """The attribute by which attention modules of transformers state whether a row is blind to later rows."""
@@ -157,6 +158,7 @@ def _check_depth(folder: Path, raw: dict) -> None:
 
 def _skeleton(folder: Path, config: Any, named: str) -> nn.Module:
     """The model without weights, as transformers builds it."""
+    require_transformers()
     try:
         with torch.device("meta"):
             return model_class(config).from_config(config, trust_remote_code=False)

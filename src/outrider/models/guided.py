@@ -83,8 +83,8 @@ class Guided:
             raise ConfigError(f"guidance names tokens outside the vocabulary of {inner.vocab_size}")
         self.inner, self.scale = inner, scale
         self.free = torch.arange(inner.vocab_size, device=inner.device)
-        for token, other in free.items():
-            self.free[token] = other
+        if free:
+            self.free[torch.tensor(list(free))] = torch.tensor(list(free.values()), device=inner.device)
         self.vocab_size, self.hidden_size, self.layers = inner.vocab_size, inner.hidden_size, inner.layers
         self.max_length, self.trees, self.rewinds = inner.max_length, inner.trees, inner.rewinds
         self.dtype, self.device, self.notices = inner.dtype, inner.device, inner.notices

@@ -12,6 +12,7 @@ from outrider.files import read_json
 from outrider.models.admit import brief
 from outrider.models.config import CONFIG_BYTES
 from outrider.models.folder import resolve_folder
+from outrider.models.packages import broken_torchvision
 from outrider.protocols import ImageReader, Target
 
 INSTALL = 'pip install "outrider[images]"'
@@ -35,12 +36,12 @@ def images_of(target: Target, source: str | Path | Any | None) -> ImageReader | 
 
     assert isinstance(target, HFTarget)
     make: Callable[[], Any] = (
-        (lambda: _processor(resolve_folder(source))) if isinstance(source, str | Path) else lambda: source
+        (lambda: processor_of(resolve_folder(source))) if isinstance(source, str | Path) else lambda: source
     )
     return HFImages(target, make)
 
 
-def _processor(folder: Path) -> Any:
+def processor_of(folder: Path) -> Any:
     """The processor of a checkpoint; runs no code of it. Raises CapabilityError if it cannot be had here."""
     found = [folder / name for name in _FILES if (folder / name).is_file()]
     if not found:
@@ -54,17 +55,15 @@ def _processor(folder: Path) -> Any:
             )
     if find_spec("PIL") is None:
         raise ConfigError(f"images need Pillow: {INSTALL}")
-    from transformers import AutoProcessor
-
     try:
+        from transformers import AutoProcessor
+
         made = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # missing packages and damaged files end in errors of many kinds
-        missing = (
-            ""
-            if find_spec("torchvision") is not None
-            else f"; torchvision is not installed, and it may need it: {INSTALL}"
-        )
-        raise CapabilityError(f"the processor of {folder} cannot be loaded ({brief(error)}){missing}") from None
+        missing = find_spec("torchvision") is None
+        why = f"torchvision is not installed, and it may need it: {INSTALL}" if missing else broken_torchvision()
+        said = f"the processor of {folder} cannot be loaded ({brief(error)})"
+        raise CapabilityError(f"{said}; {why}" if why else said) from None
     if not is_processor(made):
         raise CapabilityError(f"{folder} has no processor for images: choose an image-text-to-text model")
     return made

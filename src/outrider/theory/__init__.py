@@ -12,6 +12,7 @@ A *target* law p is to be sampled with the help of a cheaper *draft* law q. Each
 | `pareto`, `pareto_chain` | trading bias for speed: optimal residuals and fronts, of one law and along a chain |
 | `kl` | the same with Kullback-Leibler budgets, and the optimal policy for whole sequences |
 | `lossy` | named lossy rules: exact output law, bias and distance from the front |
+| `earth_mover` | how far probability is carried between distributions over codes that have places |
 | `multidraft`, `without_replacement` | several candidates at one node: exact rules |
 | `transport` | several candidates at one node: the optimal-transport bound, and a plan that reaches it |
 | `tuples` | the output law of those rules given the drawn tokens: oracles |

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from outrider.errors import CapabilityError, ConfigError
 from outrider.models.admit import fails_to_run, model_class, require_layers
@@ -116,10 +116,12 @@ class HFTarget:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         max_length: int | None = None,
+        pictured: bool = False,
     ) -> HFTarget:
         """Load a checkpoint folder or Hub name: safetensors only, no code from the checkpoint.
 
-        dtype: of weights and cache, None for the checkpoint's own. Raises ConfigError in one sentence if the checkpoint
+        dtype: of weights and cache, None for the checkpoint's own. pictured: the whole of a model with a part for images, also
+        where transformers has a class for its text alone. Raises ConfigError in one sentence if the checkpoint
         is absent, incomplete, corrupt, pickled, or of a model that transformers does not know.
         """
         name = str(resolve_folder(path))
@@ -127,7 +129,8 @@ class HFTarget:
             raise ConfigError(f"{name} has no config.json: give a folder in Hugging Face format")
         try:
             config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-            model, info = model_class(config).from_pretrained(
+            auto = AutoModelForImageTextToText if pictured else model_class(config)
+            model, info = auto.from_pretrained(
                 name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
         except Exception as error:  # a wrong configuration may raise any error of its class

@@ -1,0 +1,232 @@
+"""Models of transformers that write images: their own generation is the oracle, on small random checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Emu3Config,
+    Emu3ForConditionalGeneration,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from outrider.cli import main
+from outrider.errors import ConfigError, RequestError
+from outrider.evaluate.images import Painter, load_painter
+from outrider.models.framed import NEVER
+from outrider.models.hf.generators import load_generator
+
+SIDE, CODES = 4, 24
+BYTES = 256
+MARKS = {
+    "janus": ("<pad>", "<s>", "</s>", "<begin_of_image>", "<end_of_image>", "<image_placeholder>"),
+    "emu3": ("<pad>", "<s>", "</s>", "<|image start|>", "<|image token|>", "<|image end|>", "<|extra_200|>", "<image>"),
+}
+VISUAL = [f"<|visual token {i:06d}|>" for i in range(CODES)]
+TEXT = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "initializer_range": 0.3,
+}  # fmt: skip
+WORDS = "a red boat"
+DRAFTS = ["ngram", "jacobi:4", "jacobi:4:up4", "recycle"]
+
+
+def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    """Bytes, the family's marks, and for Emu3 its image codes."""
+    core = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens([*MARKS[kind], *(VISUAL if kind == "emu3" else [])])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def janus_config(tokenizer: Any) -> JanusConfig:
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    text = {"model_type": "llama", "vocab_size": len(tokenizer), **TEXT}
+    vq = {
+        "embed_dim": 8, "num_embeddings": CODES, "latent_channels": 16, "num_patches": SIDE, "base_channels": 32,
+        "channel_multiplier": [1, 1], "num_res_blocks": 1, "projection_dim": 64, "num_hidden_layers": 2,
+        "image_token_embed_dim": 64,
+    }  # fmt: skip
+    vision = {**small, "projection_dim": 64, "num_image_tokens": SIDE * SIDE}
+    return JanusConfig(text_config=text, vision_config=vision, vq_config=vq)
+
+
+def emu3_config(tokenizer: Any) -> Emu3Config:
+    vq = {
+        "codebook_size": CODES, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 1],
+        "num_res_blocks": 1, "attn_resolutions": [], "hidden_size": 32, "num_attention_heads": 1, "temporal_downsample_factor": 1,
+    }  # fmt: skip
+    text = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **TEXT}
+    return Emu3Config(vq_config=vq, text_config=text, vocabulary_map=tokenizer.get_vocab())
+
+
+@pytest.fixture(scope="module", params=["janus", "emu3"])
+def folder(request, tmp_path_factory) -> Path:
+    kind, place = request.param, tmp_path_factory.mktemp(request.param)
+    tokenizer = tokenizer_of(kind)
+    torch.manual_seed(5)
+    if kind == "janus":
+        model: Any = JanusForConditionalGeneration(janus_config(tokenizer))
+        model.generation_config.update(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+        model.generation_config.guidance_scale = 3.0
+    else:
+        model = Emu3ForConditionalGeneration(emu3_config(tokenizer))
+    model.eval().save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    (place / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.3] * 3}))
+    return place
+
+
+def size_of(folder: Path) -> tuple[int, int] | None:
+    """Emu3 writes any size: another height than width shows which is which."""
+    return (3, 5) if "emu3" in folder.name else None
+
+
+def painter_of(folder: Path, draft: str = "none", **options: Any) -> Painter:
+    return load_painter(folder, draft, length=4 if draft != "none" else 0, size=size_of(folder), **options)
+
+
+def own_codes(folder: Path) -> tuple[list[int], Any]:
+    """Transformers' own greedy image of `WORDS`, and the model."""
+    ids = load_generator(folder, torch.float32, size_of(folder)).prompt(WORDS)
+    if "janus" in folder.name:
+        model: Any = JanusForConditionalGeneration.from_pretrained(folder)
+        inputs = torch.tensor([[i - CODES for i in ids]])
+        model.generation_config.generation_kwargs = {"boi_token_id": int(inputs[0, -1])}
+        made = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_mode="image", do_sample=False)
+        return made[0].tolist(), model
+    model = Emu3ForConditionalGeneration.from_pretrained(folder)
+    height, width = 3, 5
+    names, begin = model.vocabulary_mapping, len(ids)
+
+    def allowed(_: int, text: torch.Tensor) -> list[int]:
+        return [names.eol_token_id] if (len(text) - begin) % (width + 1) == width else names.image_tokens
+
+    inputs = torch.tensor([ids])
+    made = model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=height * (width + 1),
+        prefix_allowed_tokens_fn=allowed, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return made[0, begin:].tolist(), model
+
+
+def test_the_greedy_image_is_transformers_own_plain_and_drafted(folder: Path) -> None:
+    wanted, _ = own_codes(folder)
+    for draft in ("none", *DRAFTS):
+        painter = painter_of(folder, draft)
+        drawing, other = painter.draw([(WORDS, 1), ("another", 2)], temperature=0.0)
+        assert drawing.tokens == wanted, draft
+        assert other.tokens != wanted
+        assert draft == "none" or painter.engine.counts.proposed > 0
+
+
+def test_its_pixels_are_those_of_the_models_own_decoder(folder: Path) -> None:
+    wanted, model = own_codes(folder)
+    (drawing,) = painter_of(folder).draw([(WORDS, 1)], temperature=0.0)
+    if "janus" in folder.name:
+        made = model.decode_image_tokens(torch.tensor([wanted]))[0]
+    else:
+        padded = torch.tensor([[*wanted, 0, 0, 0]])
+        made = model.decode_image_tokens(image_tokens=padded, height=3, width=5)[0].permute(1, 2, 0)
+    pixels = ((made.detach() * 0.3 + 0.4) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    assert np.array_equal(drawing.picture(), pixels)
+    assert pixels.std() > 1
+    assert drawing.coloured().shape == pixels.shape
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_with_match_a_drafted_image_is_the_plain_one(folder: Path, draft: str) -> None:
+    jobs = [(WORDS, i) for i in range(3)]
+    plain = painter_of(folder, rule="match").draw(jobs)
+    drafted = painter_of(folder, draft, rule="match").draw(jobs)
+    assert [d.tokens for d in drafted] == [d.tokens for d in plain]
+    assert len({tuple(d.tokens) for d in plain}) == 3
+
+
+def test_a_model_as_its_own_draft_is_never_refused(folder: Path) -> None:
+    painter = painter_of(folder, str(folder), rule="block")
+    painter.draw([(WORDS, i) for i in range(3)])
+    counts = painter.engine.counts
+    assert counts.judged == counts.accepted > 20
+
+
+def test_nothing_but_codes_can_be_drawn_and_rows_end_where_they_must(folder: Path) -> None:
+    painter = painter_of(folder, slots=2)
+    frame = painter.raster.frame  # type: ignore[attr-defined]
+    for drawing in painter.draw([(WORDS, i) for i in range(4)], temperature=5.0):
+        codes = frame.codes_of(drawing.tokens)
+        assert bool(frame.codes[codes].all())
+        assert len(codes) == frame.height * frame.width
+        assert [t for t in drawing.tokens if not frame.codes[t]] == [frame.row_end] * (len(drawing.tokens) - len(codes))
+
+
+def test_rules_of_nearness_know_the_codebook_where_codes_come_first(folder: Path) -> None:
+    if "janus" in folder.name:
+        painter = painter_of(folder, str(folder), rule="neighbours:delta=0.2,k=4,per_token=0.1", allow_lossy=True)
+        painter.draw([(WORDS, 1)])
+        points = load_generator(folder).points
+        assert points is not None
+        assert 0.1 < np.linalg.norm(points[:, None] - points[None], axis=-1).max() <= 1.0
+    else:
+        with pytest.raises(ConfigError, match="choose tv_budget"):
+            painter_of(folder, str(folder), rule="neighbours:delta=0.2,k=4", allow_lossy=True)
+
+
+def test_what_it_cannot_do_is_said_in_one_sentence(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="say what to draw"):
+        painter_of(folder).draw([(None, 0)])
+    if "janus" in folder.name:
+        with pytest.raises(ConfigError, match="4 x 4 codes only"):
+            load_painter(folder, "none", length=0, size=(8, 8))
+    else:
+        with pytest.raises(ConfigError, match="guided"):
+            painter_of(folder, guidance=2.0)
+        with pytest.raises(ConfigError, match="does not fit"):
+            load_painter(folder, "none", length=0, size=(40, 40))
+        painter = painter_of(folder)
+        with pytest.raises(RequestError, match="no image begins"):
+            painter.engine.generate([[1, 2, 3]])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "chameleon"}))
+    with pytest.raises(ConfigError, match="no model that writes images: it needs a raster.json .*emu3, janus"):
+        load_generator(tmp_path)
+
+
+def test_the_command_draws_them_and_names_the_option_that_is_missing(
+    folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["outrider", "image", "--target", str(folder), *words])
+        try:
+            main.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    size = size_of(folder) or (SIDE, SIDE)
+    given = () if size_of(folder) is None else ("--size", f"{size[0]}x{size[1]}")
+    out = tmp_path / "out.png"
+    assert run("--prompt", WORDS, "--draft", "jacobi:4", "--count", "2", "--colour", "--out", str(out), *given) == 0
+    picture = np.asarray(Image.open(out))
+    side = painter_of(folder).raster.side
+    assert picture.shape == (size[0] * side, 2 * size[1] * side + 1, 3)
+    assert run("--out", str(out), *given) == 2
+    assert "--prompt" in capsys.readouterr().err
+    assert run("--prompt", WORDS, "--size", "4y4") == 2
+    assert "such as 32x32" in capsys.readouterr().err
+
+
+def test_a_mask_leaves_differences_of_logits_numbers() -> None:
+    both = torch.full((2,), NEVER)
+    assert torch.isfinite(torch.lerp(both, both, 5.0)).all()
