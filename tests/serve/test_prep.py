@@ -337,8 +337,8 @@ FORMS = ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name"
 
 
 def test_the_first_json_does_not_wait_for_a_process_nor_for_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`serve` warms up beside its first requests: one process starts and JSON mode is compiled before anybody asks; a request for it
-    and one for a schema start no other."""
+    """`serve` warms up beside its first requests: one process starts and JSON mode is compiled before anybody asks; a request for
+    it and one for a schema start no other."""
     starts, start = list[int](), asyncio.create_subprocess_exec
     monkeypatch.setattr(asyncio, "create_subprocess_exec", lambda *a, **o: (starts.append(1), start(*a, **o))[1])
     engine, compiled = build_engine(slots=1), list[str]()
