@@ -129,7 +129,7 @@ class HFTarget:
             raise ConfigError(f"{name} has no config.json: give a folder in Hugging Face format")
         try:
             config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-            auto = AutoModelForImageTextToText if pictured else model_class(config)
+            auto: Any = AutoModelForImageTextToText if pictured else model_class(config)
             model, info = auto.from_pretrained(
                 name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
