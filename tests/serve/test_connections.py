@@ -175,7 +175,7 @@ def test_who_sends_too_much_can_read_why(server: Running, path: str) -> None:
 
 
 def test_bytes_behind_a_refusal_are_heard_within_bounds(server: Running) -> None:
-    """Not longer than two seconds, and not more than some megabytes: then the connection is closed, and its place is free."""
+    """Not longer than some seconds, and not more than some megabytes: then the connection is closed, and its place is free."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: text/plain\r\n"
     for crumbs in (b"", b" " * (1 << 20)):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:

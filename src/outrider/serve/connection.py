@@ -26,7 +26,7 @@ SPARE = 40
 FEWEST = 4
 PIECES, TINY = 2000, 64
 """A body may have PIECES pieces of any size; with more, they must have at least TINY bytes on average."""
-PART_BYTES, PART_SECONDS = 16 << 20, 2.0
+PART_BYTES, PART_SECONDS = 16 << 20, 5.0
 """What is still heard of a body that was refused before its end, so that its sender can read why."""
 BURST = 8
 """Connections that are accepted at a time, before bytes of others are read."""
