@@ -160,6 +160,7 @@ class DecoderWeights:
     head: Float[Tensor, "V H"] | Segments
     dtype: torch.dtype
     wide_norms: bool = False
+    twice: bool = False
 
     @property
     def packed(self) -> bool:
