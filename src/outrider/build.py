@@ -306,7 +306,7 @@ def companion(
     named, drafter, given = names_of({**parts, **changes})
     if is_model(draft) and named["draft"] not in loaded.given:
         give(loaded, draft, None, str(named["draft"]))
-    for name in ("target", "dtype", "device", "target_quantize", "kv_dtype"):
+    for name in ("target", "dtype", "device", "target_quantize", "kv_dtype", "input_bits"):
         if named.get(name, getattr(loaded.options, name)) != getattr(loaded.options, name):
             raise ConfigError(f"{name} was fixed when the target was loaded: build a new engine for {named[name]!r}")
     return assemble(

@@ -83,14 +83,13 @@ def load(
             name: getattr(options, name)
             for name in ("dtype", "device", "implementation", "target_quantize", "kv_dtype")
         }
+        given |= {} if options.input_bits == EngineOptions().input_bits else {"input_bits": options.input_bits}
         check_loading(given, "the target")
         processor = tokenizer if is_processor(tokenizer) else None
         tokenizer = tokenizer if processor is None else getattr(processor, "tokenizer", None)
         if is_model(target):
             made = target_of(target)
-            return Loaded(
-                None, made, tokenizer, ends_of(target, tokenizer), options, sinks, images_of(made, processor)
-            )
+            return Loaded(None, made, tokenizer, ends_of(target, tokenizer), options, sinks, images_of(made, processor))
         contracts.check("target", target, contracts.TARGET)  # before a drafter is built for it
         return Loaded(None, target, tokenizer, (), options, sinks, images_of(target, processor))
     path = str(shipped("target") if target is None else target)
@@ -101,6 +100,7 @@ def load(
         implementation=options.implementation,
         quantize=options.target_quantize,
         kv_dtype=options.kv_dtype,
+        input_bits=options.input_bits,
         progress=progress,
         role="target",
     )
@@ -248,6 +248,7 @@ def token_use(loaded: Loaded) -> TokenUse:
     prompts = shipped_prompts() if tokenizer is not None else []
     texts = [list(cast(Tokenizer, tokenizer).encode(prompt)) for prompt in prompts]
     cache = "" if loaded.options.kv_dtype == "auto" else f" {loaded.options.kv_dtype}"
+    cache += "" if loaded.options.input_bits == 8 else f" {loaded.options.input_bits}"
     key = f"{identity_of(resolve_folder(loaded.path))} {target.dtype} {loaded.options.target_quantize}{cache}"
     return use_of(target, key, prompts_from(texts, target.vocab_size), logger.warning)
 

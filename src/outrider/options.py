@@ -13,7 +13,7 @@ from typing import Any, SupportsFloat, TypedDict, TypeVar, get_args, no_type_che
 
 from outrider.errors import ConfigError, unknown_name
 
-_LEAST = {"length": 0, "slots": 1, "chunk": 1, "max_length": 1}
+_LEAST = {"length": 0, "slots": 1, "chunk": 1, "max_length": 1, "input_bits": 8}
 """The least value of each whole-number option."""
 WITHOUT_MODEL: Mapping[str, str] = {
     "ngram": r"(?::[^+/]*)?",
@@ -40,7 +40,10 @@ LOSSY_RULES = ("tv_budget", "over_acceptance", "lenience", "mentored", "typical"
 """The rules of `verify.registry` that keep the target's distribution, and those that do not."""
 DTYPES: Mapping[str, str] = {
     **{name: name for name in ("bfloat16", "float16", "float32", "float64")},
-    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
 }
 """Number formats of weights: what --dtype takes -> PyTorch's name."""
 IMPLEMENTATIONS = ("auto", "lean", "hf")
@@ -58,6 +61,8 @@ LENGTHS: Mapping[str, str] = {
 """What sets draft lengths, by the name that `--lengths` gives it."""
 _LONGEST = {"per_sequence": 12, "bass": 32}
 """The longest draft where no number stands behind the name; else it is the draft length."""
+INPUT_BITS = (8, 16)
+"""To how many bits products with weights in blocks may round their inputs."""
 _TEXTS = ("draft", "rule", "dtype", "device", "implementation", "kv_dtype")
 
 
@@ -86,6 +91,7 @@ class EngineOptions:
                     the memory that is free when the engine is built, if that is less.
     kv_dtype:       what the target's keys and values are stored as, see `nn.stored.KV_DTYPES`. The declared distribution is then
                     that of the target with such a cache.
+    input_bits:     8, or 16: to how many bits products with weights in blocks round their inputs, of the target alone.
     """
 
     target: str | None = None
@@ -104,6 +110,7 @@ class EngineOptions:
     prefix_cache: bool = True
     kv_memory: float | None = None
     kv_dtype: str = "auto"
+    input_bits: int = 8
     lengths: str = "auto"
     draft_vocabulary: int | str | None = None
 
@@ -126,9 +133,13 @@ class EngineOptions:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        if self.input_bits not in INPUT_BITS:
+            raise ConfigError(f"input_bits must be {' or '.join(map(str, INPUT_BITS))}, got {self.input_bits!r}")
         memory = self.kv_memory
         if memory is not None and (
-            isinstance(memory, bool) or not isinstance(memory, int | float | SupportsFloat) or not 0 < float(memory) < 1e9
+            isinstance(memory, bool)
+            or not isinstance(memory, int | float | SupportsFloat)
+            or not 0 < float(memory) < 1e9
         ):
             raise ConfigError(f"kv_memory must be a number of GB above 0, got {memory!r}")
         if memory is not None:
@@ -175,6 +186,7 @@ class EngineKeywords(TypedDict, total=False):
     prefix_cache: bool
     kv_memory: float | None
     kv_dtype: str
+    input_bits: int
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

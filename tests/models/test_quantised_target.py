@@ -36,8 +36,10 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def mixed(hidden: int = 256, dtype: torch.dtype = torch.bfloat16) -> LeanTarget:
-    """A small model whose linears hold segments of several types each, heads of 40 that are no whole groups, and plain parts."""
+def mixed(hidden: int = 256, dtype: torch.dtype = torch.bfloat16, twice: bool = False) -> LeanTarget:
+    """A small model whose linears hold segments of several types each, heads of 40 that are no whole groups, and plain parts.
+
+    twice: products round their inputs to 16 bits."""
     config = shape(hidden=hidden, heads=4, kv_heads=2, head_dim=40, inner=288, vocab_size=131, layers=2)
     kinds = iter(range(100))
 
@@ -57,12 +59,13 @@ def mixed(hidden: int = 256, dtype: torch.dtype = torch.bfloat16) -> LeanTarget:
 
     layers = (layer("q4_k", "q6_k", "q8_0"), layer("q5_k", "q4_1", "int8"))
     embedding = linear(hidden, ("q6_k", 131))
-    return LeanTarget(config, DecoderWeights(embedding, layers, torch.ones(hidden), embedding, dtype))
+    return LeanTarget(config, DecoderWeights(embedding, layers, torch.ones(hidden), embedding, dtype, twice=twice))
 
 
-def test_rows_have_the_same_bits_in_any_company(threads: None) -> None:
+@pytest.mark.parametrize("twice", [False, True], ids=["8 bits", "16 bits"])
+def test_rows_have_the_same_bits_in_any_company(twice: bool, threads: None) -> None:
     """Chunks, a tree and a chain in one forward against each row's path decoded token by token, on 1, 2 and 3 threads."""
-    target, history = mixed(), {0: tokens(11, 131), 1: tokens(3, 131, seed=2)}
+    target, history = mixed(twice=twice), {0: tokens(11, 131), 1: tokens(3, 131, seed=2)}
     for on in (1, 2, 3):
         torch.set_num_threads(on)
         kv = target.new_kv(2, 64)
@@ -106,6 +109,38 @@ def test_near_its_values_in_plain_products(name: str) -> None:
     near = LeanTarget(config, unpacked(quantised(weights, name)))
     far = distance(near, LeanTarget(config, quantised(weights, name)), tokens(48, config.vocab_size))
     assert 0 < far.kl < 0.02 and far.tv < 0.05
+
+
+def test_inputs_of_16_bits_are_nearer_to_the_values() -> None:
+    """One in 256 of what 8 bits move the logits, and then some for sums in float32."""
+    config, extras = SHAPES["one head each"]
+    weights, text = random_weights(config, extras, torch.float32), tokens(48, config.vocab_size)
+    values = LeanTarget(config, unpacked(quantised(weights, "q4_k")), native=False)
+    rows = replace(Rows.assemble([0], [text], [0], Draft.empty(1)), scored=torch.arange(len(text)))
+
+    def moved(twice: bool) -> float:
+        target = LeanTarget(config, quantised(replace(weights, twice=twice), "q4_k"))
+        a, b = (t.forward(rows, t.new_kv(1, 48)).logits for t in (values, target))
+        return float((a - b).square().mean().sqrt() / a.std())
+
+    assert 1e-3 < moved(False) < 0.1 and moved(True) < moved(False) / 100
+
+
+def test_the_option_of_16_bits(tmp_path: Path) -> None:
+    """For files and rounded weights; refused where nothing is rounded, and for other numbers."""
+    source, file = make_pair(tmp_path, "llama", "q8_0", hidden_size=64, intermediate_size=96)
+    for path, quantize in ((file, None), (source, "q8_0")):
+        fine = load_target(path, dtype="float32", quantize=quantize, input_bits=16)
+        plain = load_target(path, dtype="float32", quantize=quantize)
+        a, b = (
+            t.forward(Rows.assemble([0], [[5, 6, 7]], [0], Draft.empty(1)), t.new_kv(1, 8)).logits
+            for t in (fine, plain)
+        )
+        assert not torch.equal(a, b)
+    with pytest.raises(ConfigError, match="input_bits 16 is for weights in blocks"):
+        load_target(source, input_bits=16)
+    with pytest.raises(ConfigError, match="input_bits must be 8 or 16"):
+        build_engine(str(file), draft="none", input_bits=12)
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k"])

@@ -89,11 +89,16 @@ std::vector<float> logits(void* library, void* handle, Stored cache, int64_t fro
     return out;
 }
 
+void* make_linear(void* library, const SegmentPointers& segment, int64_t k, int64_t threads, bool twice) {
+    const auto make = (void* (*)(const SegmentPointers*, int64_t, int64_t, int64_t, int64_t))symbol(library, "outrider_linear_new");
+    return make(&segment, 1, k, threads, twice);
+}
+
 void decode(void* library, bool half, Stored cache) {
     Weights w{half, {}, {}};
     const auto linear = [&](int64_t n, int64_t k, float scale) {
         const SegmentPointers segment{half ? 30 : 0, n, w.make(n * k, scale)};
-        return (const Linear*)((void* (*)(const SegmentPointers*, int64_t, int64_t, int64_t))symbol(library, "outrider_linear_new"))(&segment, 1, k, 1);
+        return (const Linear*)make_linear(library, segment, k, 1, false);
     };
     std::vector<LayerPointers> layers;
     const int64_t wide = HEADS * HEAD, fused = wide + 2 * KV * HEAD;
@@ -143,19 +148,22 @@ void multiply(void* library) {
             if (type.format == 1000) __builtin_memcpy(&raw[at], &scale, 4);
         }
         const SegmentPointers segment{type.format, N, raw.data()};
-        void* linear = ((void* (*)(const SegmentPointers*, int64_t, int64_t, int64_t))symbol(library, "outrider_linear_new"))(&segment, 1, K, 2);
         std::vector<float> x(MOST * K), expected(MOST * N), found(MOST * N);
         for (float& v : x) v = uniform();
         for (int64_t k = 0; k < K; ++k) x[k] = k % 2 ? 3.0f : -3.0f;
-        const auto twin = (int64_t (*)(int64_t, const uint8_t*, int64_t, int64_t, int64_t, const float*, float*))symbol(library, "outrider_twin");
-        for (int64_t r = 0; r < MOST; ++r) twin(type.format, raw.data(), row, N, K, x.data() + r * K, expected.data() + r * N);
-        for (int64_t rows = 1; rows <= MOST; ++rows) {
-            ((int (*)(const void*, const float*, int64_t, int64_t, float*))symbol(library, "outrider_linear_run"))(linear, x.data(), rows, 2, found.data());
-            if (__builtin_memcmp(found.data(), expected.data(), rows * N * 4) != 0)
-                std::fprintf(stderr, "type %d with %d rows is not its twin\n", (int)type.format, (int)rows), std::exit(1);
+        const auto twin =
+            (int64_t (*)(int64_t, const uint8_t*, int64_t, int64_t, int64_t, const float*, int64_t, float*))symbol(library, "outrider_twin");
+        for (const bool twice : {true, false}) {
+            void* linear = make_linear(library, segment, K, 2, twice);
+            for (int64_t r = 0; r < MOST; ++r) twin(type.format, raw.data(), row, N, K, x.data() + r * K, twice, expected.data() + r * N);
+            for (int64_t rows = 1; rows <= MOST; ++rows) {
+                ((int (*)(const void*, const float*, int64_t, int64_t, float*))symbol(library, "outrider_linear_run"))(linear, x.data(), rows, 2, found.data());
+                if (__builtin_memcmp(found.data(), expected.data(), rows * N * 4) != 0)
+                    std::fprintf(stderr, "type %d with %d rows is not its twin\n", (int)type.format, (int)rows), std::exit(1);
+            }
+            ((void (*)(void*))symbol(library, "outrider_linear_free"))(linear);
         }
         for (const float v : found) std::printf("%a\n", (double)v);
-        ((void (*)(void*))symbol(library, "outrider_linear_free"))(linear);
     }
 }
 

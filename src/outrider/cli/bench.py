@@ -81,6 +81,7 @@ def configuration(
     named |= {} if options.draft_vocabulary is None else {"draft_vocabulary": options.draft_vocabulary}
     named |= {} if options.target_quantize is None else {"quantize_target": options.target_quantize}
     named |= {} if options.kv_dtype == "auto" else {"kv_dtype": options.kv_dtype}
+    named |= {} if options.input_bits == 8 else {"input_bits": options.input_bits}
     named |= {k: getattr(options, k) for k in ("implementation", "device", "max_length")}
     turns = [list(row.turns) for row in prompts.rows if row.turns]
     named |= {"turns": turns} if turns else {}

@@ -140,6 +140,14 @@ ENGINE = Table(
                 "memory of bfloat16, another model; its distance is printed).",
             ),
         ],
+        "input_bits": Annotated[
+            int,
+            typer.Option(
+                "--input-bits",
+                help="To how many bits products with quantised weights of the target round their inputs: 8, or 16 (nearer to the "
+                "weights' own values, slower).",
+            ),
+        ],
     },
     defaults_of(EngineOptions),
 )

@@ -152,6 +152,7 @@ class DecoderWeights:
 
     dtype: of plain weights; of packed ones the type of hidden states, keys and values. layers: of packed weights any iterable, read
     once: then no two blocks need to be in memory as they are stored. wide_norms: see `DecoderConfig`.
+    twice: products with packed weights round their inputs to about 16 bits, not to 8 (`NativeLinear`).
     """
 
     embedding: Float[Tensor, "V H"] | Segments
@@ -160,6 +161,7 @@ class DecoderWeights:
     head: Float[Tensor, "V H"] | Segments
     dtype: torch.dtype
     wide_norms: bool = False
+    twice: bool = False
 
     @property
     def packed(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def load_target(
     implementation: str = "auto",
     quantize: str | None = None,
     kv_dtype: str = "auto",
+    input_bits: int = 8,
     max_length: int | None = None,
     progress: Progress | None = None,
     role: str = "model",
@@ -71,6 +72,7 @@ def load_target(
     implementation: "lean" (our runtime), "hf" (transformers), or "auto": lean if possible; else `notices` give the reason.
     quantize:       None, or a type of `models.quantised.QUANTIZE` to round the weights to; needs the lean runtime.
     kv_dtype:       how keys and values are stored: one of `nn.stored.KV_DTYPES`; others than "auto" need the lean runtime.
+    input_bits:     one of `options.INPUT_BITS`: to how many bits products with weights in blocks round their inputs.
     max_length:     tokens of context, at most the model's; None for all of them.
     progress:       called with the share of the weights read so far.
     role:           the model's role in messages: "target", "draft".
@@ -93,17 +95,27 @@ def load_target(
             f"kv_dtype {kv_dtype!r} needs the lean runtime, which does not run {folder}{f' ({found})' if found else ''}: leave "
             "kv_dtype out"
         )
+    if isinstance(found, str) and input_bits != 8:
+        raise ConfigError(f"input_bits {input_bits} needs the lean runtime, which does not run {folder}: leave it out")
     if isinstance(found, str):
         return _load_hf(folder, dtype, where, quantize, max_length, found, role)
     chosen = choose_dtype(dtype, found.layout.stored, where, lean=True)
+    if input_bits not in options.INPUT_BITS:
+        raise ConfigError(f"input_bits must be one of {options.INPUT_BITS}, got {input_bits!r}")
+    twice = input_bits > 8
+    if twice and quantize is None and not isinstance(found, GgufCheckpoint):
+        raise ConfigError(
+            f"input_bits {input_bits} is for weights in blocks, and those of {folder} are plain: leave it out"
+        )
     if quantize is not None and isinstance(found, GgufCheckpoint):
         raise ConfigError(f"{folder} is quantised already: leave --quantize-{role} out")
     if quantize is not None and where.type != "cpu":  # before its weights are read
         raise ConfigError(f"quantised weights run on the CPU only: choose --device cpu, or leave --quantize-{role} out")
     if quantize is not None:
-        target = quantised_target(found.config, found.read(chosen, where, progress, role), quantize, role)
+        plain = replace(found.read(chosen, where, progress, role), twice=twice)
+        target = quantised_target(found.config, plain, quantize, role)
     elif isinstance(found, GgufCheckpoint) and _native(found, chosen, where)[0] is not None:
-        target = LeanTarget(found.config, lambda: found.packed(chosen, progress, role))
+        target = LeanTarget(found.config, lambda: replace(found.packed(chosen, progress, role), twice=twice))
     else:
         target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role))
     target = target.storing(kv_dtype)

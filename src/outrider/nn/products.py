@@ -27,10 +27,13 @@ class NativeLinear:
 
     weight: plain float32 or bfloat16 [out, in], read in place; or segments, which are repacked once and can be let go of. packed:
     whether any part is multiplied in blocks. bytes: that a product with all outputs reads. widened: types that have no products
-    here, so that their values are kept in float32. Raises CapacityError if there is no memory.
+    here, so that their values are kept in float32. twice: inputs of packed parts are rounded to about 16 bits: to 8, and what is
+    left of them again. Raises CapacityError if there is no memory.
     """
 
-    def __init__(self, library: ctypes.CDLL, weight: Float[Tensor, "O I"] | tuple[Segment, ...]) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, weight: Float[Tensor, "O I"] | tuple[Segment, ...], *, twice: bool = False
+    ) -> None:
         parts = [_widened(s) for s in weight] if isinstance(weight, tuple) else [weight]
         self.inputs = parts[0].inputs if isinstance(parts[0], Segment) else parts[0].shape[1]
         self.outputs = sum(p.outputs if isinstance(p, Segment) else p.shape[0] for p in parts)
@@ -41,7 +44,8 @@ class NativeLinear:
         self.widened = {k.name for k in kinds if k.widened}
         segments = (_Segment * len(parts))(*(_pointers(p) for p in parts))
         _declare(library)
-        made = library.outrider_linear_new(ctypes.addressof(segments), len(parts), self.inputs, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        made = library.outrider_linear_new(ctypes.addressof(segments), len(parts), self.inputs, threads, int(twice))
         if not made:
             raise CapacityError("no memory for the packed weights: use a smaller model or fewer bits")
         self.handle: int = made
@@ -86,7 +90,7 @@ def _pointers(part: Segment | Tensor) -> _Segment:
 
 def _declare(library: ctypes.CDLL) -> None:
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
-    library.outrider_linear_new.argtypes, library.outrider_linear_new.restype = (pointer, whole, whole, whole), pointer
+    library.outrider_linear_new.argtypes, library.outrider_linear_new.restype = (pointer, *(whole,) * 4), pointer
     library.outrider_linear_free.argtypes, library.outrider_linear_free.restype = (pointer,), None
     library.outrider_linear_run.argtypes = (pointer, pointer, whole, whole, pointer)
     library.outrider_linear_rows.argtypes = (pointer, pointer, whole, pointer)

@@ -37,7 +37,8 @@ CASES = {
     ),
     "olmo2": ("olmo2", {}), "granite": ("granite", {}), "glm4": ("glm4", {}),
     "smollm3": ("smollm3", {"no_rope_layers": None, "num_hidden_layers": 5}),
-    "mixtral": ("mixtral", {}), "qwen3moe": ("qwen3_moe", {"norm_topk_prob": True}), "olmoe": ("olmoe", {"num_key_value_heads": 4}),
+    "mixtral": ("mixtral", {}), "qwen2moe": ("qwen2_moe", {}),
+    "qwen3moe": ("qwen3_moe", {"norm_topk_prob": True}), "olmoe": ("olmoe", {"num_key_value_heads": 4}),
     "gpt-oss": ("gpt_oss", {"swiglu_limit": 7.0, "rope_parameters": UNSCALED}),
 }  # fmt: skip
 PROMPT, COUNT = [7, 50, 33, 91, 20, 18, 90, 64, 5, 5, 77, 30], 20

@@ -65,9 +65,9 @@ EXPORT int outrider_sequence_forward(void* handle, const SequenceCall* call) { r
 
 EXPORT void outrider_sequence_free(void* handle) { delete static_cast<DraftSequence*>(handle); }
 
-// A linear of `count` segments with k inputs each, packed by `threads` threads; null when there is no memory.
-EXPORT void* outrider_linear_new(const SegmentPointers* segment, int64_t count, int64_t k, int64_t threads) {
-    Linear* made = Linear::make(segment, count, k);
+// A linear of `count` segments with k inputs each, packed by `threads` threads; null when there is no memory. twice: see STORE_TWICE.
+EXPORT void* outrider_linear_new(const SegmentPointers* segment, int64_t count, int64_t k, int64_t threads, int64_t twice) {
+    Linear* made = Linear::make(segment, count, k, twice != 0);
     if (made == nullptr) return nullptr;
     std::atomic<int64_t> next{0};
     in_parallel((int)threads, [&](int, int) {
@@ -108,8 +108,10 @@ EXPORT int outrider_linear_rows(const void* linear, const int64_t* row, int64_t 
 }
 
 // The definition of a quantised product, for tests: see twin.h.
-EXPORT int64_t outrider_twin(int64_t format, const uint8_t* weight, int64_t bytes, int64_t n, int64_t k, const float* x, float* out) {
-    return twin_product((Format)format, weight, bytes, n, k, x, out);
+EXPORT int64_t outrider_twin(
+    int64_t format, const uint8_t* weight, int64_t bytes, int64_t n, int64_t k, const float* x, int64_t twice, float* out
+) {
+    return twin_product((Format)format, weight, bytes, n, k, x, twice != 0, out);
 }
 
 // What this library was compiled for, for logs.

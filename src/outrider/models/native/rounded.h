@@ -73,6 +73,10 @@ class Rounding32 {
             for (int i = 0; i < 3; ++i) start_[i * rows_ * ldb_ + at] = -OFFSET[i] * sum;
         }
     }
+    // rest[from : to] = what rounding left of x in those blocks of a row.
+    void rest(int64_t row, const float* x, int64_t from, int64_t to, float* rest) const {
+        for (int64_t k = from; k < to; ++k) rest[k] = rest_of(x[k], d_[row * ldb_ + k / UNIT], q_[row * ldq_ + k]);
+    }
     Rounded32 rows(int64_t from) const {
         const int64_t at = from * ldb_, all = rows_ * ldb_;
         return {q_ + from * ldq_, d_ + at, sum_ + at, {start_ + at, start_ + (all + at), start_ + (2 * all + at)}, ldq_, ldb_};
@@ -98,6 +102,9 @@ class Rounding256 {
             for (int j = 0; j < 256; ++j) moved[j] = (int8_t)(uint8_t)(q[j] + X_OFFSET);
             for (int j = 0; j < 8; ++j) sum_[row * lds_ + k / UNIT + j] = (int16_t)sum_of(q + j * UNIT);
         }
+    }
+    void rest(int64_t row, const float* x, int64_t from, int64_t to, float* rest) const {
+        for (int64_t k = from; k < to; ++k) rest[k] = rest_of(x[k], d_[row * ldd_ + k / 256], q_[row * ldq_ + k]);
     }
     Rounded256 rows(int64_t from) const {
         return {q_ + from * ldq_, moved_ + from * ldq_, d_ + from * ldd_, sum_ + from * lds_, ldq_, ldd_, lds_};

@@ -11,7 +11,8 @@
 namespace outrider {
 
 // Ways to store a linear's input; a set of them is their sum.
-enum Store : int { STORE_FLOAT = 1, STORE_BF16 = 2, STORE_32 = 4, STORE_256 = 8 };
+// STORE_TWICE: rows that are rounded have what rounding left of them in a second row, rounded again, so about 16 bits in all.
+enum Store : int { STORE_FLOAT = 1, STORE_BF16 = 2, STORE_32 = 4, STORE_256 = 8, STORE_TWICE = 16 };
 
 constexpr int store_of(Format f) {
     return f == F32 ? STORE_FLOAT : f == BF16 ? STORE_BF16 : sizes_of(f).values == 256 ? STORE_256 : STORE_32;
@@ -22,35 +23,35 @@ class Input {
    public:
     // Before a forward: `rows` rows of k values; `stores` is a set of Store. False when there is no memory.
     bool reserve(int64_t rows, int64_t k, int stores) {
-        k_ = k, stores_ = stores, lines_ = (k + 15) / 16 * 16 + 16;
+        k_ = k, stores_ = stores, lines_ = (k + 15) / 16 * 16 + 16, each_ = stores & STORE_TWICE ? 2 : 1;
         return (!(stores & STORE_FLOAT) || full_.reserve(rows * packed_stride<float>(k))) &&
                (!(stores & STORE_BF16) || half_.reserve(rows * packed_stride<bf16>(k))) &&
-               (!rounds() || line_.reserve(rows * lines_)) && (!(stores & STORE_32) || by32_.reserve(rows, k)) &&
-               (!(stores & STORE_256) || by256_.reserve(rows, k));
+               (!rounds() || line_.reserve(each_ * rows * lines_)) && (!(stores & STORE_32) || by32_.reserve(each_ * rows, k)) &&
+               (!(stores & STORE_256) || by256_.reserve(each_ * rows, k));
     }
 
     // x[0 : n] at values k0 : k0 + n of a row.
     void put(int64_t row, int64_t k0, const float* x, int64_t n) {
         if (stores_ & STORE_FLOAT) Packing<float>::pack(full_ + row * packed_stride<float>(k_), (int)k0, x, (int)n);
         if (stores_ & STORE_BF16) Packing<bf16>::pack(half_ + row * packed_stride<bf16>(k_), (int)k0, x, (int)n);
-        if (rounds()) std::memcpy(line_ + row * lines_ + k0, x, n * sizeof(float));
+        if (rounds()) std::memcpy(line(row) + k0, x, n * sizeof(float));
     }
 
     // A complete row of another input of as many values, which is stored in all of these ways too; before it is rounded here.
     void copy(int64_t row, const Input& from, int64_t other) {
         if (stores_ & STORE_FLOAT) copy_row<float>(full_, row, from.full_, other);
         if (stores_ & STORE_BF16) copy_row<bf16>(half_, row, from.half_, other);
-        if (rounds()) std::memcpy(line_ + row * lines_, from.line_ + other * lines_, k_ * sizeof(float));
+        if (rounds()) std::memcpy(line(row), from.line(other), k_ * sizeof(float));
     }
 
     // Whether complete rows are still to be rounded, part by part, before they are read.
     bool rounds() const { return stores_ & (STORE_32 | STORE_256); }
     int64_t parts() const { return (k_ + PART - 1) / PART; }
     void round(int64_t row, int64_t part) {
-        const float* x = line_ + row * lines_;
+        const float* x = line(row);
         const int64_t from = part * PART, to = from + PART < k_ ? from + PART : k_;
-        if (stores_ & STORE_32) by32_.round(row, x, from, to);
-        if (stores_ & STORE_256) by256_.round(row, x, from, to);
+        if (stores_ & STORE_32) round_in(by32_, row, x, from, to);
+        if (stores_ & STORE_256) round_in(by256_, row, x, from, to);
     }
 
     void round_row(int64_t row) {
@@ -59,11 +60,25 @@ class Input {
 
     const float* full(int64_t row) const { return full_ + row * packed_stride<float>(k_); }
     const Packing<bf16>::Item* half(int64_t row) const { return half_ + row * packed_stride<bf16>(k_); }
-    Rounded32 by32(int64_t row) const { return by32_.rows(row); }
-    Rounded256 by256(int64_t row) const { return by256_.rows(row); }
+    // Rounded rows of each row: one, or two whose products are added.
+    int64_t each() const { return each_; }
+    Rounded32 by32(int64_t row) const { return by32_.rows(each_ * row); }
+    Rounded256 by256(int64_t row) const { return by256_.rows(each_ * row); }
 
    private:
     static constexpr int64_t PART = 1024;  // a multiple of every block
+
+    float* line(int64_t row) const { return line_ + each_ * row * lines_; }
+
+    // Values from : to of a row, and then, where that is wanted, what is left of them.
+    template <class Rounding>
+    void round_in(Rounding& to_rows, int64_t row, const float* x, int64_t from, int64_t to) {
+        to_rows.round(each_ * row, x, from, to);
+        if (each_ == 1) return;
+        float* rest = line(row) + lines_;
+        to_rows.rest(each_ * row, x, from, to, rest);
+        to_rows.round(each_ * row + 1, rest, from, to);
+    }
 
     template <class W, class B>
     void copy_row(const B& to, int64_t row, const B& from, int64_t other) const {
@@ -72,7 +87,7 @@ class Input {
     }
 
     int stores_ = 0;
-    int64_t k_ = 0, lines_ = 0;
+    int64_t k_ = 0, lines_ = 0, each_ = 1;
     Buffer<float> full_, line_;
     Buffer<Packing<bf16>::Item> half_;
     Rounding32 by32_;
@@ -82,7 +97,8 @@ class Input {
 class Linear {
    public:
     // Null when there is no memory, or for a type or a number of inputs that there are no kernels for.
-    static Linear* make(const SegmentPointers* from, int64_t count, int64_t k) {
+    // twice: its inputs are rounded twice, see STORE_TWICE.
+    static Linear* make(const SegmentPointers* from, int64_t count, int64_t k, bool twice = false) {
         std::unique_ptr<Linear> made(new (std::nothrow) Linear());
         if (made == nullptr) return nullptr;
         made->part_.reset(new (std::nothrow) Part[count]);
@@ -91,6 +107,7 @@ class Linear {
         for (int64_t i = 0; i < count; ++i)
             if (!made->part_[i].build(from[i], made->n_, k, made->stores_)) return nullptr;
             else made->n_ += from[i].n;
+        if (twice && made->stores_ & (STORE_32 | STORE_256)) made->stores_ |= STORE_TWICE;
         return made.release();
     }
 
@@ -170,9 +187,9 @@ class Linear {
             else if (layout.format == BF16)
                 outrider::product(plain<bf16>() + begin * k, k, n, x.half(row), packed_stride<bf16>(k), (int)rows, (int)k, out, ldo);
             else if (layout.super())
-                quantised(kernels256(layout.format), begin, end, [&](int64_t at) { return x.by256(row + at); }, rows, out, ldo);
+                quantised(kernels256(layout.format), begin, end, [&](int64_t at) { return x.by256(row + at); }, rows, x.each(), out, ldo);
             else
-                quantised(kernels32(layout.format), begin, end, [&](int64_t at) { return x.by32(row + at); }, rows, out, ldo);
+                quantised(kernels32(layout.format), begin, end, [&](int64_t at) { return x.by32(row + at); }, rows, x.each(), out, ldo);
         }
 
         template <class W>
@@ -180,10 +197,11 @@ class Linear {
             return static_cast<const W*>(data);
         }
 
-        // Rows in even parts of 8 at most, all of them against the same few groups while those are in the cache.
+        // Rows in even parts of 8 rounded ones at most, all of them against the same few groups while those are in the cache.
         template <class X, class From>
-        void quantised(const Kernels<X>& run, int64_t begin, int64_t end, const From& from, int64_t rows, float* out, int64_t ldo) const {
-            const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, last = (end + LANES - 1) / LANES;
+        void quantised(const Kernels<X>& run, int64_t begin, int64_t end, const From& from, int64_t rows, int64_t each, float* out,
+                       int64_t ldo) const {
+            const int64_t most = MOST_ROWS / each, tiles = (rows + most - 1) / most, last = (end + LANES - 1) / LANES;
             const int64_t step = MOST_GROUPS;  // few, so that they stay in the cache for the next rows
             alignas(64) float total[MOST_ROWS * LANES * MOST_GROUPS];
             for (int64_t g = begin / LANES; g < last; g += step) {
@@ -195,11 +213,14 @@ class Linear {
                     const X x = from(at);
                     for (int64_t i = 0, count; i < groups; i += count) {
                         count = groups - i < MOST_GROUPS ? 1 : MOST_GROUPS;
-                        const auto kernel = count > 1 ? run.many[size - 1] : run.one[size - 1];
+                        const auto kernel = count > 1 ? run.many[each * size - 1] : run.one[each * size - 1];
                         kernel(layout, weights + i * layout.group_bytes(), x, total);
                         for (int64_t j = 0; j < count; ++j)
-                            for (int64_t r = 0; r < size; ++r)
-                                hand_out(total + (j * size + r) * LANES, (g + i + j) * LANES, begin, end, out + (at + r) * ldo);
+                            for (int64_t r = 0; r < size; ++r) {
+                                float* sum = total + (j * size + r) * each * LANES;
+                                for (int64_t c = 0; each > 1 && c < LANES; ++c) sum[c] += sum[LANES + c];
+                                hand_out(sum, (g + i + j) * LANES, begin, end, out + (at + r) * ldo);
+                            }
                     }
                     at += size;
                 }

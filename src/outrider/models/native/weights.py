@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -57,16 +59,17 @@ class NativeWeights:
     @classmethod
     def of(cls, library: ctypes.CDLL, w: DecoderWeights) -> NativeWeights:
         """Linears are taken one after the other: packed ones are let go of as soon as they are repacked."""
-        embedding = NativeLinear(library, w.embedding)
-        head = embedding if w.head is w.embedding else NativeLinear(library, w.head)
-        return cls(embedding, _layers(library, w.layers), w.norm.float().contiguous(), head, w.dtype)
+        linear = partial(NativeLinear, library, twice=w.twice)
+        embedding = linear(w.embedding)
+        head = embedding if w.head is w.embedding else linear(w.head)
+        return cls(embedding, _layers(linear, w.layers), w.norm.float().contiguous(), head, w.dtype)
 
 
-def _layers(library: ctypes.CDLL, layers: Iterable[LayerWeights]) -> tuple[NativeLayer, ...]:
+def _layers(linear: Callable[[Any], NativeLinear], layers: Iterable[LayerWeights]) -> tuple[NativeLayer, ...]:
     out = []
     for layer in layers:
         given = {name: getattr(layer, name) for name in LINEARS}
-        linears = {name: None if w is None else NativeLinear(library, taken(w)) for name, w in given.items()}
+        linears = {name: None if w is None else linear(taken(w)) for name, w in given.items()}
         vectors = {name: getattr(layer, name) for name in VECTORS}
         out.append(NativeLayer(linears, {k: None if v is None else v.float().contiguous() for k, v in vectors.items()}))
     return tuple(out)
