@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 PHASES: tuple[str, ...] = ("target", "rule", "draft", "host")
-_SUMS = ("steps", "proposed", "judged", "accepted", "dropped", "cut", "rejected", "emitted", "risk", "spread", "bias")
 
 
 class CacheNeed(NamedTuple):
@@ -77,8 +76,17 @@ class Counts:
 
     def merge(self, other: Counts) -> None:
         """Add the sums of `other`."""
-        for name in _SUMS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.steps += other.steps
+        self.proposed += other.proposed
+        self.judged += other.judged
+        self.accepted += other.accepted
+        self.rejected += other.rejected
+        self.emitted += other.emitted
+        self.risk += other.risk
+        self.spread += other.spread
+        self.bias += other.bias
+        self.dropped += other.dropped
+        self.cut += other.cut
         self._grow(len(other.judged_at))
         for d, (a, j) in enumerate(zip(other.accepted_at, other.judged_at, strict=True)):
             self.accepted_at[d] += a

@@ -225,6 +225,15 @@ class Rows:
             anchors, nodes = anchors + s.scored, nodes + len(s.parent)
         return tuple(out)
 
+    @cached_property
+    def last(self) -> int | None:
+        """How many of the last rows the scored ones are, if they are those, in order; None: they lie elsewhere. A view of the last
+        rows is the cheaper choice of rows."""
+        anchors = [s.first + s.fed - 1 for s in self.segments if s.scored]
+        nodes = [i for s in self.segments for i in range(s.first + s.fed, s.first + s.count)]
+        found = anchors + nodes
+        return len(found) if found and found == [*range(self.count - len(found), self.count)] else None
+
     @staticmethod
     def assemble(
         slots: list[int], prefixes: list[list[int]], cached: list[int], draft: Draft, scored: list[bool] | None = None

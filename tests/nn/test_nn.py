@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from outrider.nn.kv import check_kept, check_room
 from outrider.nn.layers import FusedLayer, Mlp, rms_norm
 from outrider.nn.masks import ancestor_mask
 from outrider.nn.row_cache import RowCache
-from outrider.types import Draft, Rows, Segment
+from outrider.types import Draft, Rows, Segment, Tree
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -212,3 +214,22 @@ def test_it_imports_nothing_that_drafts_verifies_or_is_a_model() -> None:
                     found += 1
                     assert home in {"nn", "types", "protocols", "errors", "isa", "files"}, f"{path.name} imports {full}"
     assert found > 10
+
+
+def test_the_scored_rows_are_the_last_ones_or_not() -> None:
+    """`Rows.last` says so for whatever lies in a step: chunks that are not scored, trees, several sequences."""
+    g, seen = random.Random(0), Counter[bool]()
+    for _ in range(400):
+        trees: list[Tree] = []
+        scored = [g.random() < 0.7 for _ in range(g.randint(1, 3))]
+        for wanted in scored:
+            nodes = g.choice((0, 0, 1, 3))
+            if wanted:
+                trees.append(([7] * nodes, [g.randint(-1, k - 1) for k in range(nodes)]))
+        prefixes = [[5] * g.choice((1, 1, 4)) for _ in scored]
+        rows = Rows.assemble(list(range(len(scored))), prefixes, [9] * len(scored), Draft.join(trees), scored)
+        found, count = rows.scored.tolist(), len(rows.scored)
+        are_last = count > 0 and found == list(range(rows.count - count, rows.count))
+        assert rows.last == (count if are_last else None)
+        seen[are_last] += 1
+    assert min(seen.values()) > 100

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -60,6 +62,17 @@ def test_sums_of_steps() -> None:
     double.merge(counts)
     assert double.judged_at == [4, 4, 4, 2]
     assert acceptance_length(double) == acceptance_length(counts)
+
+
+def test_every_sum_is_merged() -> None:
+    """A count that is added to the class and forgotten in `merge` would be lost in every total."""
+    one = Counts()
+    for i, f in enumerate(fields(Counts), 1):
+        setattr(one, f.name, [i] if f.name.endswith("_at") else i)
+    total = Counts()
+    total.merge(one)
+    total.merge(one)
+    assert asdict(total) == {n: [2 * x for x in v] if isinstance(v, list) else 2 * v for n, v in asdict(one).items()}
 
 
 def test_predicted_speedup_is_length_times_cost() -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from outrider.models.hf.hooks import HiddenStateHooks, StopForward
-from outrider.models.hf.probe import AttentionInterfaceUnsupported, Bend, attention_in, configs_of, listen
-from outrider.models.hf.state import named_rows, scores_rows
+from outrider.models.hf.probe import AttentionInterfaceUnsupported, AttentionSwitch, Bend, configs_of, listen
+from outrider.models.hf.state import chosen, named_rows, scores_rows
 from outrider.nn.attention import attend
 from outrider.nn.kv import PagedKV, page_limit
 from outrider.nn.masks import ancestor_mask
@@ -64,14 +64,38 @@ def _narrow(entries: Float[Tensor, "1 G n S"], groups: int, size: int) -> Float[
     return entries if whole else entries[:, :groups, :, :size]
 
 
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Where a segment's rows are written, what they see within a window. mask: None: everything; or if `causal` what is before."""
+
+    new: _Span
+    seen: _Span
+    mask: Tensor | None
+    causal: bool
+
+
 @dataclass(slots=True)
 class _Step:
     """The data of one forward for the attention function. Masks and views are made once, for all layers with the same window."""
 
     rows: Rows
     kv: PagedKV
-    masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
     spans: dict[tuple[int, int], _Span] = field(default_factory=dict)
+    looks: dict[tuple[int, bool], list[_Look]] = field(default_factory=dict)
+
+    def look(self, window: int, plain: bool) -> list[_Look]:
+        """Each segment's places. plain: the layer's attention has a causal path of its own."""
+        key = (window, plain)
+        if key not in self.looks:
+            self.looks[key] = [self._look(i, window, plain) for i in range(len(self.rows.segments))]
+        return self.looks[key]
+
+    def _look(self, index: int, window: int, plain: bool) -> _Look:
+        s, low = self.rows.segments[index], self.low(index, window)
+        free = plain and s.count > 1 and not self.open(index)
+        causal = free and s.cached == 0 and s.is_chain and not (window and s.count > window)
+        mask = None if causal else self.mask(index, low, window)
+        return _Look(self.span(index, s.cached), self.span(index, low), mask, causal)
 
     def span(self, index: int, start: int) -> _Span:
         """A segment's tokens from number `start` to its last row."""
@@ -82,17 +106,13 @@ class _Step:
         return self.spans[key]
 
     def mask(self, index: int, low: int, window: int) -> Tensor | None:
-        key = (index, window)
-        if key not in self.masks:
-            s = self.rows.segments[index]
-            see = None  # a single row sees all that is left of its window
-            if s.count > 1:
-                see = ancestor_mask(s.fed, s.parent, s.cached, window=window, start=low)
-                for a, b in self.open(index):
-                    see[max(a - s.cached, 0) : b - s.cached, a - low : b - low] = True
-                see = see.to(self.kv.k.device)
-            self.masks[key] = see
-        return self.masks[key]
+        s = self.rows.segments[index]
+        if s.count == 1:
+            return None  # a single row sees all that is left of its window
+        see = ancestor_mask(s.fed, s.parent, s.cached, window=window, start=low)
+        for a, b in self.open(index):
+            see[max(a - s.cached, 0) : b - s.cached, a - low : b - low] = True
+        return see.to(self.kv.k.device)
 
     def open(self, index: int) -> tuple[Range, ...]:
         """Ranges of a segment's places whose rows see each other, beyond any window: those of an image."""
@@ -119,21 +139,19 @@ def _attend(
     **_: Any,
 ) -> tuple[Float[Tensor, "1 N h E"], None]:
     """The registered attention function: write rows after their slot's tokens, then attend per segment."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer, window = int(module.layer_idx), sliding_window or 0  # type: ignore[arg-type]
-    segments, out = outrider.rows.segments, list[Tensor]()
-    for i, s in enumerate(segments):
-        q, k, v = query, key, value
-        if len(segments) > 1:
-            q, k, v = (x[:, :, s.first : s.first + s.count] for x in (q, k, v))
-        outrider.span(i, s.cached).write(layer, k, v)
-        low = outrider.low(i, window)
-        keys, values = outrider.span(i, low).read(layer, k, v)
-        plain = not softcap and s_aux is None and not outrider.open(i)
-        causal = plain and s.cached == 0 and s.count > 1 and s.is_chain and not (window and s.count > window)
-        mask = None if causal else outrider.mask(i, low, window)
-        out.append(attend(q, keys, values, mask, scale=scale, causal=causal, softcap=softcap, sinks=s_aux, fold=True))
-    return (out[0] if len(out) == 1 else torch.cat(out, 2)).transpose(1, 2).contiguous(), None
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    looks = outrider.look(sliding_window or 0, not softcap and s_aux is None)
+    out, alone = list[Tensor](), len(looks) == 1
+    for s, look in zip(outrider.rows.segments, looks, strict=True):
+        q, k, v = (query, key, value) if alone else (x[:, :, s.first : s.first + s.count] for x in (query, key, value))
+        look.new.write(layer, k, v)
+        keys, values = look.seen.read(layer, k, v)
+        out.append(
+            attend(
+                q, keys, values, look.mask, scale=scaling, causal=look.causal, softcap=softcap, sinks=s_aux, fold=True
+            )
+        )
+    return (out[0] if alone else torch.cat(out, 2)).transpose(1, 2).contiguous(), None
 
 
 # ---------------------------------------------------------------------------------- can this model be driven this way?
@@ -176,7 +194,7 @@ class AttentionInterfacePath:
             raise AttentionInterfaceUnsupported(
                 f"its rotary frequencies depend on the length of the sequence beyond {bend.limit} tokens"
             )
-        self.rows, self.configs = scores_rows(model, probe), configs_of(model)
+        self.rows, self._ours = scores_rows(model, probe), AttentionSwitch(configs_of(model), _ATTEND)
         self.layers, self.groups = layers, max(c.groups for c in calls)
         self.head_dim, self.kv_dtype = max(c.head_dim for c in calls), calls[0].dtype
 
@@ -193,6 +211,8 @@ class AttentionInterfacePath:
     def run(
         self, rows: Rows, kv: KVCache, taps: HiddenStateHooks
     ) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
+        if not taps.layers:
+            return self._call(rows, kv), ()
         with taps.listen() as heard:
             logits = self._call(rows, kv)
         return logits, heard.states()
@@ -206,12 +226,13 @@ class AttentionInterfacePath:
     def _call(self, rows: Rows, kv: KVCache) -> Float[Tensor, "M V"]:
         assert isinstance(kv, PagedKV)
         kv.reserve(rows)
-        with attention_in(self.configs, _ATTEND):
+        scored = rows.scored if rows.last is None else rows.last
+        with self._ours:
             out = self.model(
                 input_ids=rows.token[None],
                 position_ids=rows.position[None],
                 use_cache=False,
                 outrider=_Step(rows, kv),
-                **named_rows(rows.scored if self.rows else None),
+                **named_rows(scored if self.rows else None),
             )
-        return out.logits[0] if self.rows else out.logits[0, rows.scored]
+        return out.logits[0] if self.rows else chosen(out.logits[0], scored)

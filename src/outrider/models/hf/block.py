@@ -19,8 +19,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from outrider.errors import CapabilityError, ConfigError
 from outrider.models.admit import brief, model_class
+from outrider.models.hf.direct import call_directly
 from outrider.models.hf.hooks import HiddenStateHooks, StopForward, find_blocks
-from outrider.models.hf.probe import attention_in, configs_of, listen
+from outrider.models.hf.probe import AttentionSwitch, configs_of, listen
 from outrider.protocols import Attend
 
 _ATTEND = "outrider_block"
@@ -77,6 +78,7 @@ class HFBlock:
     def __init__(self, like: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
         config = one_layer(like.config.get_text_config(decoder=True))
         self.model = _loaded(config, tensors, like.dtype).to(like.device)  # type: ignore[arg-type]
+        call_directly(self.model)
         self.dtype, token = like.dtype, torch.zeros(1, 3, dtype=torch.long, device=like.device)
         try:
             calls = listen(self.model, [0, 1, 2], range(3))
@@ -85,13 +87,13 @@ class HFBlock:
             raise _alone(config, brief(error)) from error
         if len(calls) != 1 or calls[0].unknown or calls[0].window or found is None:
             raise _alone(config, "its attention does not go through transformers' interface")
-        self._blocks, self._configs = found[1], configs_of(self.model)
+        self._blocks, self._ours = found[1], AttentionSwitch(configs_of(self.model), _ATTEND)
         self.kv_heads, self.head_dim = calls[0].groups, calls[0].head_dim
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "n H"], position: Int[Tensor, "n"], attend: Attend) -> Float[Tensor, "n H"]:
         taps = HiddenStateHooks(self._blocks, (1,))
-        with taps.listen() as heard, taps.stop(), suppress(StopForward), attention_in(self._configs, _ATTEND):
+        with taps.listen() as heard, taps.stop(), suppress(StopForward), self._ours:
             self.model(
                 inputs_embeds=x[None],
                 position_ids=position[None],

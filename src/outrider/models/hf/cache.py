@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from outrider.errors import CapabilityError
 from outrider.models.hf.hooks import HiddenStateHooks, RecordedStates
-from outrider.models.hf.state import Handover, keeping
+from outrider.models.hf.state import Choice, Handover, chosen, keeping
 from outrider.models.states import Path, SlotCaches, StateCaches, growing_by_token, tensors_of
 from outrider.protocols import KVCache
 from outrider.types import Rows, Segment
@@ -34,18 +34,21 @@ class _Scored:
     """Collects the logits of a step's scored rows call by call, in the step's order."""
 
     def __init__(self, rows: Rows) -> None:
-        self.rows, self.wanted = rows, sorted(rows.scored.tolist())
+        self.rows = rows
+        self.wanted = sorted(rows.scored.tolist()) if rows.last is None else range(rows.count - rows.last, rows.count)
         self.parts: list[Tensor] = []
 
-    def within(self, first: int, end: int, shift: int = 0) -> Tensor:
+    def within(self, first: int, end: int, shift: int = 0) -> Choice:
         """Scored rows among `first` .. `end`, counted from `first - shift`."""
         mine = self.wanted[bisect_left(self.wanted, first) : bisect_left(self.wanted, end)]
+        if mine and mine[0] == end - len(mine):
+            return len(mine)
         return torch.tensor([row - first + shift for row in mine], dtype=torch.int64, device=self.rows.token.device)
 
     def logits(self) -> Float[Tensor, "M V"]:
         """Segments come in the order of their rows, so the collected logits are sorted by row."""
-        if len(self.parts) == 1 and len(self.rows.segments) == 1:  # so are the scored rows of one segment
-            return self.parts[0]
+        if self.rows.last is not None or len(self.rows.segments) == 1:  # so are the scored rows
+            return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
         return torch.cat(self.parts)[torch.argsort(torch.argsort(self.rows.scored))]
 
 
@@ -188,11 +191,11 @@ class SnapshotPath(CachePath):
             rows = token[piece]
             given = torch.cat([torch.tensor(behind, device=token.device), rows]) if behind else rows
             scored = out.within(s.first + piece.start, s.first + piece.stop, len(behind))
-            logits = self._call(held, s.slot, given, scored if len(rows) else scored.new_zeros(1))
-            out.parts.append(logits[: len(scored)])
+            logits = self._call(held, s.slot, given, scored if len(rows) else 1)
+            out.parts.append(logits if len(rows) else logits[:0])
             heard.keep(len(rows))
 
-    def _call(self, held: StateCaches, slot: int, token: Tensor, scored: Tensor) -> Float[Tensor, "s V"]:
+    def _call(self, held: StateCaches, slot: int, token: Tensor, scored: Choice) -> Float[Tensor, "s V"]:
         at, logits = held.fed[slot], list[Tensor]()
 
         def read(state: Any) -> Any:
@@ -241,6 +244,6 @@ class RecomputePath:
             held.tokens[s.slot] = whole
             with taps.listen() as heard:
                 logits = self.model(input_ids=torch.tensor([whole], device=rows.token.device), **self.extra).logits[0]
-            out.parts.append(logits[out.within(s.first, s.first + s.count, s.cached)])
+            out.parts.append(chosen(logits, out.within(s.first, s.first + s.count, s.cached)))
             states.append([h[s.cached :] for h in heard.states()])
         return out.logits(), tuple(torch.cat(parts) for parts in zip(*states, strict=True))

@@ -112,11 +112,8 @@ def _masks(given: Any, n: int) -> dict[str, Tensor]:
 
 
 @contextmanager
-def given_to(text: nn.Module | None, given: Given | None) -> Iterator[None]:
-    """Context in which calls of a text part read rows that have `given` besides their tokens; None: plain rows."""
-    if given is None:
-        yield
-        return
+def given_to(text: nn.Module | None, given: Given) -> Iterator[None]:
+    """Context in which calls of a text part read rows that have `given` besides their tokens."""
     if text is None:
         raise CapabilityError("the text part of this model was not found: give it prompts without images")
 

@@ -7,8 +7,8 @@ cache, with others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,33 +107,43 @@ def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 def attention_of(model: PreTrainedModel, implementation: str) -> AbstractContextManager[None]:
     """Context in which the model uses another attention; afterwards it has its own again."""
-    return attention_in(configs_of(model), implementation)
+    return AttentionSwitch(configs_of(model), implementation)
 
 
-@contextmanager
-def attention_in(configs: Sequence[PreTrainedConfig], implementation: str) -> Iterator[None]:
-    """`attention_of` a model whose configurations are known.
+class AttentionSwitch:
+    """`attention_of` a model whose configurations are known, to be entered any number of times, also inside itself.
 
     It is written where the property keeps it: the property's own setter visits all parts each time, which for a small model is a
     tenth of a step.
     """
-    held = [vars(config) for config in configs]
-    if not all(_IMPLEMENTATION in own for own in held):  # another release
-        with ExitStack() as stack:
-            for config in configs:
-                stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
-            for config in configs:
-                config._attn_implementation = implementation
-            yield
-        return
-    before = [own[_IMPLEMENTATION] for own in held]
-    try:
-        for own in held:
-            own[_IMPLEMENTATION] = implementation
-        yield
-    finally:
-        for own, was in zip(held, before, strict=True):
-            own[_IMPLEMENTATION] = was
+
+    def __init__(self, configs: Sequence[PreTrainedConfig], implementation: str) -> None:
+        self._held = [vars(config) for config in configs]
+        self._name, self._implementation, self._before = _IMPLEMENTATION, implementation, list[list[Any]]()
+        if not all(_IMPLEMENTATION in own for own in self._held):  # another release
+            self._held, self._name = [_Attributes(config) for config in configs], "_attn_implementation"
+
+    def __enter__(self) -> None:
+        self._before.append([own[self._name] for own in self._held])
+        for own in self._held:
+            own[self._name] = self._implementation
+
+    def __exit__(self, *_: object) -> None:
+        for own, was in zip(self._held, self._before.pop(), strict=True):
+            own[self._name] = was
+
+
+class _Attributes:
+    """An object's attributes by name, properties too."""
+
+    def __init__(self, of: Any) -> None:
+        self._of = of
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._of, name, value)
 
 
 @torch.no_grad()

@@ -31,6 +31,15 @@ _PLAIN = frozenset(
 )
 
 
+Choice = Tensor | int
+"""Rows to score: their numbers [s], or how many of the last ones (at least one), which takes a view instead of an index."""
+
+
+def chosen(logits: Float[Tensor, "n V"], scored: Choice) -> Float[Tensor, "s V"]:
+    """The scored rows of a call that computed all."""
+    return logits[-scored:] if isinstance(scored, int) else logits[scored]
+
+
 @dataclass(frozen=True, slots=True)
 class Handover:
     """One way of passing a model its state and getting it back.
@@ -51,7 +60,7 @@ class Handover:
     kept: tuple[tuple[nn.Module, str], ...] = ()
 
     def call(
-        self, model: PreTrainedModel, token: Tensor, state: Any, scored: Tensor, at: int = 0
+        self, model: PreTrainedModel, token: Tensor, state: Any, scored: Choice, at: int = 0
     ) -> tuple[Float[Tensor, "s V"], Any]:
         """Logits of the rows `scored` of `token` [n], and the state after them. `state` None: the model makes the first.
 
@@ -65,7 +74,8 @@ class Handover:
         if self.positions:
             given[_POSITIONS] = torch.arange(at, at + len(token), device=token.device)[None]
         out = model(input_ids=token[None], **given, **named_rows(scored if self.rows else None), **self.extra)
-        return (out.logits[0] if self.rows else out.logits[0, scored]), out[self.returned] if self.returned else state
+        logits = out.logits[0]
+        return (logits if self.rows else chosen(logits, scored)), out[self.returned] if self.returned else state
 
     @contextmanager
     def _placed(self, state: Any) -> Iterator[None]:
@@ -92,22 +102,24 @@ def keeping(model: PreTrainedModel, state: bool) -> dict[str, bool]:
     return {"use_cache": state} if takes else {}
 
 
-def named_rows(scored: Tensor | None) -> dict[str, Tensor]:
+def named_rows(scored: Choice | None) -> dict[str, Choice]:
     """The arguments to compute the logits of these rows alone, if it can (`scores_rows`); None: of all."""
     return {} if scored is None else {_ROWS: scored}
 
 
 @torch.no_grad()
 def scores_rows(model: PreTrainedModel, token: Sequence[int]) -> bool:
-    """Whether forward computes exactly the logits of the requested rows, in the requested order."""
+    """Whether forward computes exactly the logits of the requested rows, in their order, by numbers and as the last ones."""
     if not accepts(model, _ROWS) or len(token) < 3:
         return False
     inputs = torch.tensor([list(token)], device=model.device)
-    rows = torch.tensor([2, 0], device=model.device)
     try:
-        return model(input_ids=inputs, **named_rows(rows)).logits.shape[1] == len(rows)
+        for rows, count in ((torch.tensor([2, 0], device=model.device), 2), (2, 2)):
+            if model(input_ids=inputs, **named_rows(rows)).logits.shape[1] != count:
+                return False
     except (TypeError, IndexError, ValueError, RuntimeError):
         return False
+    return True
 
 
 def croppable() -> Cache:

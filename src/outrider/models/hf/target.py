@@ -37,6 +37,7 @@ from outrider.models.folder import resolve_folder
 from outrider.models.hf.attention_interface import AttentionInterfacePath
 from outrider.models.hf.block import HFBlock
 from outrider.models.hf.choice import choose, costs, disagreement, tolerance
+from outrider.models.hf.direct import call_directly
 from outrider.models.hf.entry import given_to
 from outrider.models.hf.hooks import HiddenStateHooks, find_blocks, head_only_model, steps_after
 from outrider.models.hf.prefix import HFPrefix
@@ -84,6 +85,7 @@ class HFTarget:
         """ours: nobody else has the model, so that it need not be left as it is."""
         self._view = None if ours else View(model)
         model = model.eval().requires_grad_(False) if self._view is None else self._view.model
+        call_directly(model)
         config = require_layers(model.config, type(model).__name__)
         model.config.return_dict = True  # if it were false, its outputs would be tuples
         if getattr(model.config, "is_encoder_decoder", False):
@@ -184,8 +186,12 @@ class HFTarget:
             raise CapabilityError(
                 f"layer {wrong[0]} was asked for, this model has blocks 1 to {self.layers} (0: embeddings)"
             )
-        with given_to(self.text_part, rows.given):
-            logits, hidden = self.serving_path.run(rows, kv, HiddenStateHooks(self._blocks, layers))
+        taps = HiddenStateHooks(self._blocks, layers)
+        if rows.given is None:
+            logits, hidden = self.serving_path.run(rows, kv, taps)
+        else:
+            with given_to(self.text_part, rows.given):
+                logits, hidden = self.serving_path.run(rows, kv, taps)
         return Scores(_wide(logits), hidden, kv.replayed if isinstance(kv, SlotCaches) else 0)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
