@@ -10,6 +10,7 @@ from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.noise import Noise
 from outrider.params import SamplingParams
+from outrider.records import StepRecord
 from outrider.sampling.pipeline import LogitsPipeline
 from outrider.types import Draft, Evidence, LogitsProcessing, Rows, Scores, SequenceView, Verdict
 
@@ -43,6 +44,20 @@ def evidence(views: Sequence[SequenceView], vocab_size: int, pipeline: LogitsPro
 def chain(draft: Draft, i: int = 0) -> list[int]:
     """The tokens of sequence i."""
     return list(draft.tokens[draft.offsets[i] : draft.offsets[i + 1]])
+
+
+class Pausing:
+    """A controller that asks for nothing for six steps, then for three tokens in two."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
+        self.steps += 1
+        return [3 * (self.steps % 8 > 5)] * len(sequences)
+
+    def observe(self, record: StepRecord) -> None:
+        """Nothing is learnt."""
 
 
 class Seen:

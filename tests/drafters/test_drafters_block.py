@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -17,10 +19,11 @@ from outrider.drafters.tree.shapes import levels
 from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
+from outrider.protocols import Controller
 from outrider.train.features import hidden_of
 from outrider.types import Evidence
 from outrider.verify import load_rule
-from tests.drafters.drafting import Seen, evidence, view
+from tests.drafters.drafting import Pausing, Seen, evidence, view
 
 V, H, BLOCK = 19, 16, 4
 TARGET = TinyLM(V, H, 3, seed=1, sharp=3.0)
@@ -133,21 +136,23 @@ GROWTHS = {
 }
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
-@pytest.mark.parametrize("how", list(GROWTHS))
-def test_cached_logits_are_those_of_training(how: str, kv_heads: int) -> None:
-    """After any history of partial acceptances, joins and leaves, what is served is what a full recomputation gives.
+@pytest.mark.parametrize(
+    ("how", "kv_heads", "control"),
+    [*product(GROWTHS, (1, 2), (Fixed,)), ("chain", 2, lambda most: Pausing())],
+)
+def test_cached_logits_are_those_of_training(how: str, kv_heads: int, control: Callable[[int], Controller]) -> None:
+    """After any history of partial acceptances, joins, leaves and pauses, what is served is what a full recomputation gives.
 
     The cache holds what the target's holds after every round: a row more or less would move every logit.
     """
     model = block_model(kv_heads)
     seen = Seen(GROWTHS[how]())
     drafter = DFlashDrafter(model, seen)  # type: ignore[arg-type]
-    one = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(3), slots=3, max_length=60, chunk=5)
+    one = Engine(TARGET, drafter, load_rule("speculative_sampling"), control(3), slots=3, max_length=60, chunk=5)
     params = [SamplingParams(temperature=1.0, max_tokens=m, seed=i) for i, m in enumerate((14, 9, 21, 6))]
     one.generate([[3, 1, 4], [1] * 11, [5, 9, 2, 6, 5, 3, 5], [8]], params)
-    assert one.counts.rejected > 5
-    assert len(seen.logits) > 40
+    assert one.counts.rejected > 3
+    assert len(seen.logits) > 20
     size = seen.depth + 1
     recomputed: dict[tuple[int, ...], torch.Tensor] = {}
     for (history, path), row in seen.logits.items():
@@ -170,9 +175,10 @@ def test_the_cache_holds_what_the_target_holds_after_every_round() -> None:
         nonlocal rounds
         out = honest(seen, budget)
         for v in seen.sequences:
-            assert drafter.cache.length[v.slot] == drafter.context.next[v.slot] == v.cached
-            for n, (k, value) in enumerate(model.inject(states(tuple(v.tokens[: v.cached]))) if v.cached else ()):
-                held = drafter.cache.read(n, v.slot, v.cached)
+            known = drafter.cache.length[v.slot]
+            assert known + drafter.backlog.count(v.slot) == drafter.context.next[v.slot] == v.cached
+            for n, (k, value) in enumerate(model.inject(states(tuple(v.tokens[:known]))) if known else ()):
+                held = drafter.cache.read(n, v.slot, known)
                 torch.testing.assert_close(held[0], k[0].transpose(0, 1), rtol=0, atol=2e-4)
                 torch.testing.assert_close(held[1], value[0].transpose(0, 1), rtol=0, atol=2e-4)
             rounds += 1

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,20 @@ def test_shares_torch_s_threads() -> None:
     assert load_library() is not None
     loaded = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines()}
     assert len([path for path in loaded if re.match(r"lib[gi]?omp\d?\b", path.name)]) <= 1
+
+
+def test_a_compiler_that_nobody_waits_for_ends_with_what_it_started(tmp_path: Path) -> None:
+    """g++ compiles in a process of its own, which would go on alone for minutes."""
+    driver, told = tmp_path / "slow-compiler", tmp_path / "told"
+    driver.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {told}.part\nmv {told}.part {told}\nwait\n")
+    driver.chmod(0o700)
+    with pytest.raises(compiled.BuildError, match="did not end within 2 s"):
+        compiled._run([str(driver)], 2.0)
+    worker = int(told.read_text())
+    for _ in range(1000):  # a killed process ends when it is next scheduled
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the worker still runs")

@@ -1,12 +1,13 @@
 """Catching up: rows of the target that were kept, each seen once by a drafter that reads hidden states.
 
-Hidden states are given once, in the step that computes them, so every kept row is read then, also when nothing is to be drafted.
+Hidden states are given once, in the step that computes them. Reading them may wait (`Backlog`): while nothing is drafted for a
+sequence its rows are only put aside, and one pass reads many of them later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -58,6 +59,83 @@ def new_rows(evidence: Evidence, context: Context) -> list[NewRows]:
             context.next[view.slot] = start
             found.append(NewRows(view, rows, start, gap))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Rows of one slot that were put aside, from position `start` on. gap: as in `NewRows`. taps: their hidden states, a step after
+    the other."""
+
+    start: int
+    count: int
+    gap: bool
+    taps: tuple[list[Tensor], ...]
+
+
+MOST_HELD = 64
+"""Rows of a slot that are put aside at most: as many take one pass about as long as a few do."""
+
+
+class Backlog:
+    """Kept rows of sequences that nothing is drafted for at present. context: is told of rows as if they had been read."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._held: dict[int, _Held] = {}
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Forget these slots."""
+        for slot in slots:
+            self._held.pop(slot, None)
+
+    def count(self, slot: int) -> int:
+        """Rows of a slot that wait."""
+        held = self._held.get(slot)
+        return held.count if held else 0
+
+    def due(
+        self, evidence: Evidence, order: Sequence[int], wanted: Container[int]
+    ) -> tuple[list[NewRows], list[Float[Tensor, "n H"]]]:
+        """What is to be read now: all rows of the slots `wanted`, and of those where more than MOST_HELD would wait.
+
+        order: the places of the hidden states that are read. Returns the rows, as `new_rows` does, and these hidden states, behind
+        which those put aside before stand.
+        """
+        new = {found.view.slot: found for found in new_rows(evidence, self._context)}
+        if not new and not self._held:
+            return [], []
+        hidden = [evidence.scores.hidden[n] for n in order]
+        self.release([slot for slot, found in new.items() if found.gap])
+        due, behind, end = list[NewRows](), list[_Held](), len(hidden[0])
+        for view in evidence.sequences:
+            found, held = new.get(view.slot), self._held.get(view.slot)
+            waiting = (len(found.rows) if found else 0) + self.count(view.slot)
+            if view.slot not in wanted and waiting <= MOST_HELD:
+                if found:
+                    self._hold(found, held, hidden)
+                continue
+            if held is not None:
+                del self._held[view.slot]
+                behind.append(held)
+                rows = [*range(end, end + held.count), *(found.rows if found else ())]
+                end += held.count
+                self._context.next[view.slot] = held.start
+                found = NewRows(view, rows, held.start, held.gap)
+            if found:
+                due.append(found)
+        if behind:
+            hidden = [torch.cat([now, *(t for h in behind for t in h.taps[k])]) for k, now in enumerate(hidden)]
+        return due, hidden
+
+    def _hold(self, found: NewRows, held: _Held | None, hidden: list[Float[Tensor, "n H"]]) -> None:
+        """Put the rows aside, behind those of the slot that are there already."""
+        slot, count = found.view.slot, len(found.rows)
+        if held is None:
+            held = _Held(found.start, 0, found.gap, tuple(list[Tensor]() for _ in hidden))
+        for kept, now in zip(held.taps, hidden, strict=True):
+            kept.append(now[found.rows])  # a copy: a view would keep all rows of the step
+        self._held[slot] = replace(held, count=held.count + count)
+        self._context.next[slot] += count
 
 
 def taps_of(evidence: Evidence, order: Sequence[int], rows: list[int]) -> Float[Tensor, "n K H"]:

@@ -14,6 +14,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -261,8 +262,16 @@ def compile_unit(
 
 
 def _run(command: list[str], patience: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
+    """Run a compiler in a process group of its own: where nobody waits for it any longer, what it has started ends with it."""
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=patience)
+        with subprocess.Popen(command, stdin=nothing, stdout=pipe, stderr=pipe, text=True, process_group=0) as running:
+            try:
+                said = running.communicate(timeout=patience)
+            except BaseException:  # an interruption, too
+                os.killpg(running.pid, signal.SIGKILL)
+                raise
+        return subprocess.CompletedProcess(command, running.returncode, *said)
     except subprocess.TimeoutExpired:
         raise BuildError(
             f"{command[0]} did not end within {patience:.0f} s", "try again when the machine is less busy"

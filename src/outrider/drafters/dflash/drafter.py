@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.drafters.context import Context, new_rows
+from outrider.drafters.context import Backlog, Context
 from outrider.drafters.dflash.forward import Forward, forward_of
 from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.spec import DraftSpec
@@ -33,8 +33,9 @@ class DFlashDrafter:
     growth: how drafts are made from the slots' distributions: a chain, sampled or greedy, or the best nodes of their lattice. A
     block has growth.depth + 1 slots, so drafts may be shorter than the training blocks, never longer.
 
-    After a step every accepted row of the target is injected, even if nothing is drafted, because hidden states are available only
-    once. A sequence with missed rows starts over with the rows it has: its drafts are then less accurate, but still exact.
+    Every accepted row of the target is injected, even if nothing is drafted, because hidden states are available only once; while
+    nothing is drafted for a sequence they are put aside, and injected together later. A sequence with missed rows starts over with
+    the rows it has: its drafts are then less accurate, but still exact.
     """
 
     def __init__(self, model: DFlashNetwork, growth: Growth, *, name: str = "dflash") -> None:
@@ -50,6 +51,7 @@ class DFlashDrafter:
         self._order = [self.layers.index(t) for t in c.taps]
         self._size = growth.depth + 1
         self.context = Context(0)
+        self.backlog = Backlog(self.context)
         self._run: Forward | None = None
 
     def bind(self, slots: int, length: int) -> None:
@@ -59,6 +61,7 @@ class DFlashDrafter:
         self._run, device = forward_of(self.model, room), self.model.fc.weight.device
         self.cache = RowCache(c.layers, slots, c.kv_heads, room, c.head_dim, self._run.dtype, device)
         self.context = Context(slots)
+        self.backlog = Backlog(self.context)
 
     def cache_need(self, slots: int, length: int) -> CacheNeed:
         """What `bind` allocates."""
@@ -73,6 +76,7 @@ class DFlashDrafter:
         """Forget these slots."""
         self.cache.release(slots)
         self.context.release(slots)
+        self.backlog.release(slots)
         self.growth.forget(slots)
 
     @torch.inference_mode()
@@ -80,7 +84,8 @@ class DFlashDrafter:
         """Inject every kept row, then propose up to `budget[i]` tokens behind the anchor of sequence i."""
         if self._run is None:
             raise ConfigError("the block drafter has no cache yet: call bind(slots, length) before drafting")
-        self._catch_up(self._run, evidence)
+        wanted = {view.slot for view, depth in zip(evidence.sequences, budget, strict=True) if depth > 0}
+        self._catch_up(self._run, evidence, wanted)
         forest, depths = Forest(len(budget)), [0] * len(budget)
         live: list[SequenceView] = []
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):
@@ -92,9 +97,9 @@ class DFlashDrafter:
             self.growth.grow(evidence, depths, forest, logits[0], LevelLogits(logits, depths, forest))
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
-    def _catch_up(self, run: Forward, evidence: Evidence) -> None:
-        """Keys and values of every kept row, all sequences in one pass."""
-        work = new_rows(evidence, self.context)
+    def _catch_up(self, run: Forward, evidence: Evidence, wanted: set[int]) -> None:
+        """Keys and values of every kept row, all sequences in one pass; the slots `wanted` at least."""
+        work, taps = self.backlog.due(evidence, self._order, wanted)
         if not work:
             return
         self.cache.release([new.view.slot for new in work if new.gap])
@@ -102,7 +107,6 @@ class DFlashDrafter:
         for new in work:
             count, held = len(new.rows), self.cache.length[new.view.slot]
             rows.add(new.view.slot, held, [0] * count, range(new.start, new.start + count))
-        taps = [evidence.scores.hidden[n] for n in self._order]
         run.inject(rows, self.cache, taps, [r for new in work for r in new.rows])
         for new in work:
             self.cache.length[new.view.slot] += len(new.rows)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider.drafters.checkpoint import read_config
-from outrider.drafters.context import Context, new_rows
+from outrider.drafters.context import Backlog, Context
 from outrider.drafters.eagle.eagle1 import Eagle1Network
 from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.eagle.forward import Forward, NativeForward, forward_of
@@ -58,9 +58,9 @@ class EagleDrafter:
     growth: how drafts grow: chains and trees of a fixed shape, sampled or greedy, or best-first trees (EAGLE-2). forward: makes the
     forward of the model for slots of so many rows.
 
-    After a step every accepted row of the target is a new context row, even if nothing is drafted, because hidden states are
-    available only once. A sequence with missed rows starts over with the rows it has: its drafts are then less accurate, but still
-    exact.
+    Every accepted row of the target is a new context row, even if nothing is drafted, because hidden states are available only
+    once; while nothing is drafted for a sequence they are put aside, and read together later. A sequence with missed rows starts
+    over with the rows it has: its drafts are then less accurate, but still exact.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class EagleDrafter:
         self._order = [self.layers.index(t) for t in model.config.taps]
         self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
         self.context = Context(0)
+        self.backlog = Backlog(self.context)
         self._states: list[SlotState] = []
         self._run: Forward | None = None
 
@@ -80,6 +81,7 @@ class EagleDrafter:
         self._run = self._forward_of(self.model, capacity)
         self.cache = RowCache(1, slots, c.kv_heads, capacity, c.head_dim, self._run.dtype, self.model.fc.weight.device)
         self.context = Context(slots)
+        self.backlog = Backlog(self.context)
         self._states = [SlotState() for _ in range(slots)]
 
     def cache_need(self, slots: int, length: int) -> CacheNeed:
@@ -95,6 +97,7 @@ class EagleDrafter:
         """Forget these slots."""
         self.cache.release(slots)
         self.context.release(slots)
+        self.backlog.release(slots)
         self.growth.forget(slots)
         for slot in slots:
             self._states[slot] = SlotState()
@@ -127,17 +130,17 @@ class EagleDrafter:
 
         Returns for every pass the slots of `wanted` whose last row was in it, and the logits after those rows.
         """
-        found = new_rows(evidence, self.context)
+        found, hidden = self.backlog.due(evidence, self._order, wanted)
         self.cache.release([new.view.slot for new in found if new.gap])
         work, out = [(new.view, new.rows) for new in found], []
         while work:
             last = {view.slot for view, kept in work if len(kept) <= CHUNK} & wanted
-            out.append(self._feed(run, evidence, [(v, kept[:CHUNK]) for v, kept in work], last))
+            out.append(self._feed(run, hidden, [(v, kept[:CHUNK]) for v, kept in work], last))
             work = [(v, kept[CHUNK:]) for v, kept in work if len(kept) > CHUNK]
         return out
 
     def _feed(
-        self, run: Forward, evidence: Evidence, work: list[tuple[SequenceView, list[int]]], scored: set[int]
+        self, run: Forward, taps: list[Tensor], work: list[tuple[SequenceView, list[int]]], scored: set[int]
     ) -> tuple[list[int], Tensor]:
         rows, ends = Rows(), []
         for view, kept in work:
@@ -151,7 +154,6 @@ class EagleDrafter:
             ends.append(len(rows.token) - 1)
         slots = [view.slot for view, _ in work]
         rows.scored = [end for slot, end in zip(slots, ends, strict=True) if slot in scored]
-        taps = [evidence.scores.hidden[n] for n in self._order]
         state, logits = run.forward(rows, self.cache, taps=taps, tap_rows=[r for _, kept in work for r in kept])
         self.read_further(rows, state)
         for (view, kept), end in zip(work, ends, strict=True):
