@@ -254,8 +254,8 @@ DRAFTERS: dict[str, Factory] = {
     "dflash-dynamic": lambda target, slots: dflash(target, Dynamic(8, 4, target.vocab_size, width=3)),
     "dflash-stop": lambda target, slots: dflash(target, ByGain(4, 4, target.vocab_size, least=0.2)),
     "linear": lambda target, slots: LinearDrafter(
-        learned("linear", target),
-        Levels(levels((1,) * 4), target.vocab_size),  # type: ignore[arg-type]
+        learned("linear", target),  # type: ignore[arg-type]
+        Levels(levels((1,) * 4), target.vocab_size),
     ),
     "ngram+eagle": lambda target, slots: first_of(
         NGram(4), eagle(target, Levels(levels((1,) * 3), target.vocab_size, sample="greedy"))
