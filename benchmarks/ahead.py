@@ -2,8 +2,10 @@
 
     python benchmarks/ahead.py                     # a target pass of 50 ms, a drafted token of 0.2 of it
     python benchmarks/ahead.py --cost 0.1 --length 5
+    python benchmarks/ahead.py --busy              # passes that keep Python's lock, as those of many small operators
 
-Both are small tables whose passes sleep for a known time, so the figures are those of two devices. After every token the target's
+Both are small tables whose passes take a known time, asleep or (--busy) in Python, so the figures are those of two devices, or of
+two cores. After every token the target's
 distribution p is another one (its mean entropy is printed), and the draft model's is p with a part moved to other tokens, so that
 sum min(p, q) is the same everywhere. One process, the arms in turn. The rate predicted for the parallel arm takes the
 measured share of prepared drafts that came true.
@@ -13,13 +15,16 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 
 import numpy as np
 import torch
+from slow_models import Slow
 
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.ahead import Ahead
+from outrider.drafters.apart import Apart
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
 from outrider.models.toy import TableTarget
@@ -30,21 +35,6 @@ from outrider.theory.speedup import speedup
 from outrider.verify import SpeculativeSampling
 
 VOCABULARY, TOKENS, SEEDS = 32, 120, 4
-
-
-class Sleeping:
-    """A model whose every pass takes `seconds` longer; everything else is the model's own."""
-
-    def __init__(self, model: TableTarget, seconds: float) -> None:
-        self._model, self._seconds = model, seconds
-
-    def __getattr__(self, name: str):
-        return getattr(self._model, name)
-
-    def forward(self, rows, kv, *, layers=()):
-        """The model's pass, later."""
-        time.sleep(self._seconds)
-        return self._model.forward(rows, kv, layers=layers)
 
 
 def pair(acceptance: float, sharp: float) -> tuple[TableTarget, TableTarget, float]:
@@ -76,13 +66,18 @@ def main() -> None:
     ask.add_argument("--acceptance", type=float, default=0.8, help="of a drafted token")
     ask.add_argument("--sharp", type=float, default=3.0, help="standard deviation of the target's logits")
     ask.add_argument("--premises", type=int, default=16, help="outcomes that are prepared for")
+    ask.add_argument("--busy", action="store_true", help="passes keep Python's lock instead of sleeping")
     given = ask.parse_args()
     table, small, entropy = pair(given.acceptance, given.sharp)
-    target, draft = Sleeping(table, given.seconds), Sleeping(small, given.seconds * given.cost)
+    slow = partial(Slow, busy=given.busy)
+    target, draft = slow(table, given.seconds), slow(small, given.seconds * given.cost)
+    beside = partial(Ahead, ModelDrafter(draft, given.length + 1), given.premises)  # type: ignore[arg-type]
+    turn = partial(ModelDrafter, draft, given.length)
     drafters: dict[str, tuple[Drafter, int]] = {
         "plain": (NoDraft(), 0),
-        "in turn": (ModelDrafter(draft, given.length), given.length),  # type: ignore[arg-type]
-        "ahead": (Ahead(ModelDrafter(draft, given.length + 1), given.premises), given.length),  # type: ignore[arg-type]
+        "in turn": (turn(), given.length),
+        "ahead": (beside(), given.length),
+        "apart": (Apart(beside, turn()), given.length),
     }
     engines = {
         name: Engine(target, d, SpeculativeSampling(), Fixed(n), slots=1)  # type: ignore[arg-type]
@@ -98,11 +93,12 @@ def main() -> None:
     one = given.cost * (
         given.length + 1
     )  # a prepared draft, and one made after a miss: a token more predicts what follows
-    predicted = {
+    predicted = {  # where nobody waits for Python's lock
         "plain": 1.0,
         "in turn": speedup(alpha, given.length, given.cost),
         "ahead": speculated_rate(alpha, given.length, one / given.length, hit),
     }
+    predicted["apart"] = predicted["ahead"]
     print(
         f"acceptance {alpha}, entropy {entropy:.2f}, prepared drafts that came true {hit:.2f} of {ahead.hits + ahead.misses}"
     )
@@ -112,8 +108,9 @@ def main() -> None:
             f"{name:8} {per_pass.mean():.3f} tokens per target pass ({per_pass.min():.3f} to {per_pass.max():.3f}), "
             f"predicted {predicted[name]:.3f}"
         )
-    gain = np.array(rates["ahead"]) / np.array(rates["in turn"])
-    print(f"ahead over in turn {gain.mean():.2f} ({gain.min():.2f} to {gain.max():.2f})")
+    for name in ("ahead", "apart"):
+        gain = np.array(rates[name]) / np.array(rates["in turn"])
+        print(f"{name} over in turn {gain.mean():.2f} ({gain.min():.2f} to {gain.max():.2f})")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from outrider.engine.parts import CoreOptions, Defect, Hooks, Parts
 from outrider.engine.prompts import Prompts, as_prompts
 from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
-from outrider.loading import Loaded, Progress, give, load, load_model, name_of, restricts
+from outrider.loading import Loaded, Progress, give, load, load_elsewhere, load_model, name_of, restricts
 from outrider.models.folder import resolve_folder
 from outrider.models.given import Model, is_model
 from outrider.nn.shares import share_out
@@ -269,6 +269,7 @@ def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:
         length=options.longest,
         rule=rule,
         load_model=lambda name: load_model(loaded, options, name),
+        load_elsewhere=lambda name: load_elsewhere(loaded, options, name),
         find_folder=resolve_folder,
     )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from outrider.assets import shipped, shipped_prompts
 from outrider.engine import contracts
 from outrider.engine.turns import Turns
-from outrider.errors import CapacityError, ConfigError
+from outrider.errors import CapabilityError, CapacityError, ConfigError
 from outrider.models.folder import files_of, identity_of, resolve_folder
 from outrider.models.given import check_loading, ends_of, is_model, target_of
 from outrider.models.images import images_of, is_processor
@@ -178,16 +179,31 @@ def load_model(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Targe
         return reduced(loaded, options, name)
     key = _key(loaded, options, name)
     if key not in loaded.models:
-        model = load_target(
-            name,
-            dtype=key.dtype,
-            device=str(loaded.target.device),
-            implementation=options.implementation,
-            quantize=options.draft_quantize,
-            role="draft",
-        )
-        loaded.models[key] = (model, find_tokenizer(name))
+        loaded.models[key] = (_recipe(loaded, key)(), find_tokenizer(name))
     return loaded.models[key]
+
+
+def load_elsewhere(loaded: Loaded, options: EngineOptions, name: str) -> Callable[[], Target]:
+    """What loads the same draft model in another process. Raises CapabilityError for one that is not loaded from a folder alone."""
+    if name in loaded.given or name.startswith(TRANSLATE) or options.draft_vocabulary is not None:
+        raise CapabilityError(
+            "a process of its own loads a draft model from its folder as it is: drop 'apart:', or give a path or Hub name, without "
+            "translate: and draft_vocabulary"
+        )
+    return _recipe(loaded, _key(loaded, options, name))
+
+
+def _recipe(loaded: Loaded, key: ModelKey) -> Callable[[], Target]:
+    """What loads a draft model: it can be pickled."""
+    return partial(
+        load_target,
+        key.name,
+        dtype=key.dtype,
+        device=str(loaded.target.device),
+        implementation=key.implementation,
+        quantize=key.quantize,
+        role="draft",
+    )
 
 
 def give(loaded: Loaded, model: Any, tokenizer: object | None, name: str) -> None:

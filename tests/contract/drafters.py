@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from examples.linear_drafter.drafter import LinearDrafter
 from examples.linear_drafter.network import LinearConfig, LinearNetwork
 from outrider.drafters import counts
 from outrider.drafters.ahead import Ahead
+from outrider.drafters.apart import Apart, Host
 from outrider.drafters.coded import CodedDrafter
 from outrider.drafters.combine import first_of
 from outrider.drafters.dflash.drafter import DFlashDrafter
@@ -149,6 +150,17 @@ def counted(target: Toy, growth: Growth) -> counts.Counts:
     return counts.Counts(tables, growth, target.vocab_size)
 
 
+@cache
+def host() -> Host:
+    """The process for all drafters that have one: it takes seconds to start."""
+    return Host()
+
+
+def apart(make: Callable[[], Drafter], target: Toy) -> Apart:
+    """What drafts here if the process fails is told by `engine.notices`; `tests/drafters/test_apart.py` looks at them."""
+    return Apart(make, ModelDrafter(small(target), 4), host())
+
+
 DRAFTERS: dict[str, Factory] = {
     "none": lambda target, slots: NoDraft(),
     "ngram": lambda target, slots: NGram(5, max_n=3, min_n=1),
@@ -162,6 +174,7 @@ DRAFTERS: dict[str, Factory] = {
     "model": lambda target, slots: ModelDrafter(small(target), 4),
     "ahead": lambda target, slots: Ahead(ModelDrafter(small(target), 4), 3),
     "ahead-inline": lambda target, slots: Ahead(ModelDrafter(small(target), 5), 4, inline=True),
+    "apart-ahead": lambda target, slots: apart(partial(Ahead, ModelDrafter(small(target), 5), 3), target),
     "model-coupled": lambda target, slots: ModelDrafter(small(target), 4, sample="coupled"),
     "model-short-context": lambda target, slots: ModelDrafter(small(target), 4, max_length=14),
     "model-padded": lambda target, slots: ModelDrafter(
@@ -241,8 +254,8 @@ DRAFTERS: dict[str, Factory] = {
     "dflash-dynamic": lambda target, slots: dflash(target, Dynamic(8, 4, target.vocab_size, width=3)),
     "dflash-stop": lambda target, slots: dflash(target, ByGain(4, 4, target.vocab_size, least=0.2)),
     "linear": lambda target, slots: LinearDrafter(
-        learned("linear", target),
-        Levels(levels((1,) * 4), target.vocab_size),  # type: ignore[arg-type]
+        learned("linear", target),  # type: ignore[arg-type]
+        Levels(levels((1,) * 4), target.vocab_size),
     ),
     "ngram+eagle": lambda target, slots: first_of(
         NGram(4), eagle(target, Levels(levels((1,) * 3), target.vocab_size, sample="greedy"))

@@ -28,14 +28,15 @@ def parse_contexts(text: str) -> list[int]:
 def drafts_of(drafts: list[str]) -> list[str]:
     """The drafters that are planned for: views and draft models; the view of `auto` if none was given. Raises ConfigError for
     others."""
-    from outrider.drafters.registry import AUTO_VIEW, HOSTS, LEARNED
+    from outrider.drafters.registry import AUTO_VIEW, LEARNED
     from outrider.drafters.spec import SHAPES
+    from outrider.drafters.without_model import HOSTS
 
     if drafts in ([], ["auto"]):
         return [f"sparse:{AUTO_VIEW}"]
     for draft in drafts:
         kind = draft.partition("+")[0].partition(":")[0]
-        prefixes = (*SHAPES, "greedy", "dynamic", "stop", "ahead")
+        prefixes = (*SHAPES, "greedy", "dynamic", "stop", "ahead", "apart")
         if kind in (*LEARNED, *HOSTS, *prefixes, "auto", "none", "early", "jacobi"):
             raise ConfigError(
                 "--contexts is about views of the target's own cache and draft models: give --draft sparse:window:16+496, or the "

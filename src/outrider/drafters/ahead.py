@@ -17,7 +17,7 @@ from itertools import zip_longest
 
 import torch
 
-from outrider.drafters.combine import merge
+from outrider.drafters.combine import merge, shortened
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.worker import Worker
 from outrider.errors import CapabilityError, ConfigError
@@ -25,7 +25,7 @@ from outrider.nn.kv import PAGE
 from outrider.noise import Noise
 from outrider.protocols import Drafter
 from outrider.records import CacheNeed
-from outrider.types import POINT_MASS, Draft, Evidence, Proposal, Rows, Scores, SequenceView, Verdict
+from outrider.types import POINT_MASS, Draft, Evidence, Rows, Scores, SequenceView, Verdict
 
 ACCEPTED = 0.8
 """The acceptance that premises are ordered by, until drafts have been verified."""
@@ -154,7 +154,7 @@ class Ahead:
             # where pages are short the likeliest outcome of every sequence gets them first
             ranks = zip_longest(*outcomes)
             self._start(_Task([p for rank in ranks for p in rank if p is not None], evidence))
-        return _shortened(whole, [min(b, self.max_depth) for b in budget])
+        return shortened(whole, [min(b, self.max_depth) for b in budget])
 
     def _prepared(self, view: SequenceView, depth: int) -> _Made | None:
         """The draft that was made for what has now happened to a sequence; None if there is none."""
@@ -274,7 +274,7 @@ def _with_prepared(own: Draft, found: Sequence[_Made | None], most: Sequence[int
     for i, made in enumerate(found):
         if made is not None:
             chosen[i] = len(drafts)
-            one = _shortened(_alone(made), [most[i]])
+            one = shortened(_alone(made), [most[i]])
             drafts.append(one.take([0 if i == j else -1 for j in range(len(found))]))
     return own if len(drafts) == 1 else merge(drafts, chosen, vocab_size)
 
@@ -289,13 +289,3 @@ def _alone(made: _Made) -> Draft:
     probs = one.q.probs[rows]
     sound = None if one.q.sound is None else probs
     return replace(one, q=replace(one.q, probs=probs, row=tuple(number[r] for r in one.q.row), sound=sound))
-
-
-def _shortened(draft: Draft, most: Sequence[int]) -> Draft:
-    """The first `most[i]` tokens of each chain: fewer were asked for, whatever was drawn."""
-    if all(count <= n for count, n in zip(draft.counts, most, strict=True)):
-        return draft
-    kept = [list(draft.nodes(i))[:n] for i, n in enumerate(most)]
-    trees = [([draft.tokens[k] for k in nodes], list(range(-1, len(nodes) - 1))) for nodes in kept]
-    q: Proposal | None = draft.q and replace(draft.q, row=tuple(draft.q.row[k] for nodes in kept for k in nodes))
-    return Draft.join(trees, q, draft.token.device)

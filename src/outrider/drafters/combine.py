@@ -163,6 +163,16 @@ def _equal(a: Int[Tensor, "S"] | None, b: Int[Tensor, "S2"] | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
+def shortened(draft: Draft, most: Sequence[int]) -> Draft:
+    """The first `most[i]` tokens of each chain: fewer were asked for, whatever was drawn."""
+    if all(count <= n for count, n in zip(draft.counts, most, strict=True)):
+        return draft
+    kept = [list(draft.nodes(i))[:n] for i, n in enumerate(most)]
+    trees = [([draft.tokens[k] for k in nodes], list(range(-1, len(nodes) - 1))) for nodes in kept]
+    q: Proposal | None = draft.q and replace(draft.q, row=tuple(draft.q.row[k] for nodes in kept for k in nodes))
+    return Draft.join(trees, q, draft.token.device)
+
+
 class SelectableDrafter:
     """The drafter `inner` as part number `number`: it drafts nothing for a sequence whose `params.drafters` does not name it.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,16 +11,17 @@ from typing import Any
 
 from outrider.drafters import counts, dflash, eagle, medusa, mtp, vllm_config
 from outrider.drafters.ahead import Ahead
+from outrider.drafters.apart import Apart
 from outrider.drafters.checkpoint import read_config
 from outrider.drafters.combine import first_of
 from outrider.drafters.jacobi import parse_jacobi
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
 from outrider.drafters.sparse import load_early, load_sparse, parse_sparse, view_beside, worthwhile_from
-from outrider.drafters.spec import DraftSpec, parse_draft
+from outrider.drafters.spec import DraftSpec, parse_ahead, parse_draft
 from outrider.drafters.tree.growth import Sample
 from outrider.drafters.vocabulary import check_vocabulary
-from outrider.drafters.without_model import HOSTS, hosts_of
+from outrider.drafters.without_model import check_option, hosts_of
 from outrider.errors import CapabilityError, ConfigError, unknown_name
 from outrider.options import DRAFTERS
 from outrider.protocols import Drafter, Rule, Target
@@ -60,6 +60,8 @@ AUTO_VIEW = "window:16+496"
 """The view of the target's own cache that "auto" drafts over at long contexts."""
 LoadModel = Callable[[str], tuple[Target, object]]
 """Path or Hub name -> the model and its tokenizer."""
+LoadElsewhere = Callable[[str], Callable[[], Target]]
+"""Path or Hub name -> what loads the model in another process: it can be pickled."""
 FindFolder = Callable[[str], Path]
 """Path or Hub name -> the folder, downloaded if necessary."""
 
@@ -73,6 +75,7 @@ def load_drafter(
     tokenizer: object | None = None,
     target_path: str | None = None,
     load_model: LoadModel | None = None,
+    load_elsewhere: LoadElsewhere | None = None,
     find_folder: FindFolder | None = None,
     learned: Mapping[str, LearnedDrafter] = LEARNED,
 ) -> Drafter:
@@ -109,13 +112,15 @@ def load_drafter(
                     likeliest to be accepted, at most 4 below each; and "stop:PATH" or "stop:0.3:PATH": a chain that ends where
                     a further token is expected to bring fewer than 0.3 tokens
       "ahead:4:M"   the draft model M, whose next drafts are prepared for the 4 likeliest outcomes while the target verifies
+      "apart:ahead:4:M"  the same in a process of its own, for draft models whose passes are mostly Python
       "auto"        "prediction", then "forced", then the folder `draft` beside a target folder named `target`, or else the
                     target's own MTP head, or else "ngram" and after that, at contexts where a view is expected to be faster
                     than plain decoding, "sparse:window:16+496"; also instead of the draft model, where it is faster than that
       "A+B"         per sequence the first of A (one of the five without a model above) and B that proposes something
 
     rule: with a rule that couples through noise lane `gumbel`, a draft model draws with the same noise.
-    load_model: loads a draft model; the caller decides device, dtype and quantisation. find_folder: finds the folder of a learned
+    load_model: loads a draft model; the caller decides device, dtype and quantisation. load_elsewhere: says how another process
+    does. find_folder: finds the folder of a learned
     drafter; without it only local folders are read.
     learned: the drafters that are trained for one target, by name.
     Raises ConfigError for a bad spec, CapabilityError for a draft model whose tokens stand for other strings.
@@ -125,7 +130,7 @@ def load_drafter(
     if length == 0 or spec == "none":
         return NoDraft()
     sample: Sample = "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
-    find = _Finder(target, length, sample, tokenizer, target_path, load_model, find_folder, learned)
+    find = _Finder(target, length, sample, tokenizer, target_path, load_model, load_elsewhere, find_folder, learned)
     return first_of(*(find.auto() if spec == "auto" else find.parts(spec)))
 
 
@@ -139,6 +144,7 @@ class _Finder:
     tokenizer: object | None
     target_path: str | None
     load_model: LoadModel | None
+    load_elsewhere: LoadElsewhere | None
     find_folder: FindFolder | None
     learned: Mapping[str, LearnedDrafter]
 
@@ -149,14 +155,7 @@ class _Finder:
             raster = find_raster(self.target_path)
             parts.append(parse_jacobi(rest, self.length, self.target.vocab_size, raster.width if raster else 0))
         elif rest or not parts:
-            premises, path = _premises(rest)
-            how = parse_draft(path, self.length + (premises > 0), self.sample)
-            if premises and how.stop is not None:
-                raise ConfigError(
-                    "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
-                )
-            found = self._last(path, how, least)
-            parts.append(Ahead(found, premises) if premises else found)
+            parts.append(self._ahead(rest, least))
         return parts
 
     def auto(self) -> list[Drafter]:
@@ -166,23 +165,41 @@ class _Finder:
         # forced tokens replace a model or a head only if they fill a whole draft; for fewer it drafts further ahead
         before = f"prediction+forced:{how.shape.depth}"
         if sibling is not None and self.load_model is not None:
-            view = None
+            (*parts, model) = self.parts(f"{before}+{sibling}")
             if learned_kind(sibling, self.learned) is None:
-                growth = how.growth(self.target.vocab_size)
-                view = view_beside(AUTO_VIEW, self.target, partial(self.load_model, sibling), growth)
-            (*hosts, model) = self.parts(f"{before}+{sibling}")
-            return [*hosts, *([] if view is None else [view]), model]
+                grows, load = how.growth(self.target.vocab_size), partial(self.load_model, sibling)
+                view = view_beside(AUTO_VIEW, self.target, load, grows)
+                parts += [] if view is None else [view]
+            return [*parts, model]
         if (own := self._own_head(how)) is not None:
             return [*self.parts(before), own]
         least = worthwhile_from(self.target, parse_sparse(AUTO_VIEW))
         return self.parts("prediction+forced+ngram" + ("" if least is None else f"+sparse:{AUTO_VIEW}"), least or 0)
+
+    def _ahead(self, spec: str, least: int) -> Drafter:
+        """The last part of a spec, prepared ahead or in a process of its own if it says so."""
+        inner = spec.removeprefix("apart:")
+        premises, path = parse_ahead(inner)
+        how = parse_draft(path, self.length + (premises > 0), self.sample)
+        if premises and how.stop is not None:
+            raise ConfigError(
+                "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
+            )
+        found = self._last(spec, how, least)
+        if inner == spec:
+            return Ahead(found, premises) if premises else found
+        if type(found) is not ModelDrafter or self.load_elsewhere is None:
+            raise CapabilityError(f"only draft models run in a process of their own, not {found.name!r}: drop 'apart:'")
+        make = partial(_make, self.load_elsewhere(how.path), how, self.target.vocab_size, premises)
+        instead = parse_draft(path, self.length, self.sample)
+        return Apart(make, _model_drafter(found.model, instead, self.target.vocab_size))
 
     def _last(self, spec: str, how: DraftSpec, least: int) -> Drafter:
         """The last part of a spec: a model, a trained drafter, or the target itself in part."""
         kind, _, path = how.path.partition(":")
         if kind not in self.learned and (own := learned_kind(how.path, self.learned)) is not None:
             kind, path = own, how.path  # a folder says itself what it holds
-        _check_host(kind, path, spec, how)
+        check_option(kind, path, spec, how.path)
         growth = how.growth(self.target.vocab_size)
         if kind == "early":
             return load_early(path, self.target, growth)
@@ -195,8 +212,7 @@ class _Finder:
 
     def _own_head(self, how: DraftSpec) -> Drafter | None:
         """The drafter of the target's own MTP head; None where there is none, or it cannot be run: `--draft mtp` says why."""
-        path = self.target_path
-        if path is None or not carries("mtp", path, self.learned):
+        if (path := self.target_path) is None or not carries("mtp", path, self.learned):
             return None
         try:
             return self.learned["mtp"].load(Path(path).expanduser(), self.target, how, path)
@@ -219,29 +235,18 @@ class _Finder:
         model, draft_tokenizer = self.load_model(path)
         if self.tokenizer is not None and draft_tokenizer is not None:
             check_vocabulary(self.tokenizer, draft_tokenizer, min(target.vocab_size, model.vocab_size), path)
-        growth = how.growth(target.vocab_size)
-        return ModelDrafter(model, growth.depth, growth=growth, vocab_size=target.vocab_size)
+        return _model_drafter(model, how, target.vocab_size)
 
 
-def _check_host(kind: str, path: str, spec: str, how: DraftSpec) -> None:
-    """Raise ConfigError for a drafter without a model that has an option which it does not know, or a prefix."""
-    if kind not in HOSTS or Path(how.path).exists():
-        return
-    if spec == how.path:
-        raise ConfigError(f"{kind!r} has no option {path!r}: write {kind!r}, or see --draft in docs/drafters.md")
-    raise ConfigError(
-        f"{kind!r} has no distributions to draw from and takes no prefix: write {how.path!r}, got {spec!r}"
-    )
+def _model_drafter(model: Target, how: DraftSpec, vocab_size: int) -> ModelDrafter:
+    growth = how.growth(vocab_size)
+    return ModelDrafter(model, growth.depth, growth=growth, vocab_size=vocab_size)
 
 
-def _premises(spec: str) -> tuple[int, str]:
-    """How many outcomes drafts are prepared for, 0 for none, and the drafter: "ahead:4:PATH" is (4, "PATH")."""
-    if not spec.startswith("ahead:"):
-        return 0, spec
-    found = re.fullmatch(r"ahead:(\d{1,2}):(.+)", spec)
-    if found is None or int(found.group(1)) < 1:
-        raise ConfigError(f"drafting ahead is written 'ahead:PREMISES:PATH', as 'ahead:4:PATH', got {spec!r}")
-    return int(found.group(1)), found.group(2)
+def _make(load: Callable[[], Target], how: DraftSpec, vocab_size: int, premises: int) -> Drafter:
+    """A draft model, prepared ahead for so many outcomes: what a process of its own runs."""
+    made = _model_drafter(load(), how, vocab_size)
+    return Ahead(made, premises) if premises else made
 
 
 def parse_speculative_config(config: str | Mapping[str, Any]) -> dict[str, Any]:

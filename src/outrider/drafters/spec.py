@@ -75,6 +75,16 @@ def parse_draft(spec: str, length: int, sample: Sample) -> DraftSpec:
     return DraftSpec(spec, sample, "iid", levels((1,) * length))
 
 
+def parse_ahead(spec: str) -> tuple[int, str]:
+    """How many outcomes drafts are prepared for, 0 for none, and the drafter: "ahead:4:PATH" is (4, "PATH")."""
+    if not spec.startswith("ahead:"):
+        return 0, spec
+    found = re.fullmatch(r"ahead:(\d{1,2}):(.+)", spec)
+    if found is None or int(found.group(1)) < 1:
+        raise ConfigError(f"drafting ahead is written 'ahead:PREMISES:PATH', as 'ahead:4:PATH', got {spec!r}")
+    return int(found.group(1)), found.group(2)
+
+
 def _stopping(spec: str, length: int, sample: Sample) -> DraftSpec:
     """A chain that stops early: 'stop:PATH' or 'stop:0.3:PATH', where PATH may begin with 'greedy:'."""
     found = re.fullmatch(r"stop(?::(\d?\.?\d{1,4}))?:(.*)", spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from outrider.drafters.forced import Forced
 from outrider.drafters.ngram import NGram
@@ -65,3 +66,12 @@ HOSTS: Mapping[str, Callable[[int, str | None], Drafter]] = {
     "recycle": _recycle,
 }
 """The drafters of `options.WITHOUT_MODEL`: (draft length, what stands behind the name and a colon, or None) -> the drafter."""
+
+
+def check_option(kind: str, option: str, spec: str, named: str) -> None:
+    """Raise ConfigError for a drafter without a model that has an option which it does not know, or a prefix."""
+    if kind not in HOSTS or Path(named).exists():
+        return
+    if spec == named:
+        raise ConfigError(f"{kind!r} has no option {option!r}: write {kind!r}, or see --draft in docs/drafters.md")
+    raise ConfigError(f"{kind!r} has no distributions to draw from and takes no prefix: write {named!r}, got {spec!r}")

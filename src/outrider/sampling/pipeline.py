@@ -42,6 +42,10 @@ class LogitsPipeline:
         self._histories: dict[int, History] = {}
         self._automata: dict[int, Automaton] = {}
 
+    def __reduce__(self) -> tuple[type[LogitsPipeline], tuple[int, tuple[int, ...]]]:
+        """Another process gets one that has counted nothing yet, and has no grammars: they need the tokenizer."""
+        return type(self), (self.vocab_size, self.eos_ids)
+
     def __call__(
         self, logits: Float[Tensor, "M V"], sequences: Sequence[SequenceView], paths: Sequence[Sequence[int]]
     ) -> Float[Tensor, "M V"]:

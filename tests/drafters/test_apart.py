@@ -1,0 +1,145 @@
+"""Drafters in a process of their own: the same drafts, whatever becomes of the process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import selectors
+import signal
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+
+from outrider.build import build_engine
+from outrider.drafters.ahead import Ahead
+from outrider.drafters.apart import Apart, Host
+from outrider.drafters.model.drafter import ModelDrafter
+from outrider.drafters.ngram import NGram
+from outrider.drafters.registry import load_drafter
+from outrider.errors import CapabilityError, ConfigError
+from outrider.params import SamplingParams
+from outrider.protocols import Drafter
+from tests.checkpoints import make_checkpoint
+from tests.contract.drafters import host
+from tests.drafters.failing import Failing
+from tests.drafters.test_ahead import LENGTH, draft_model, run
+from tests.nn.test_shares import TARGET as LEAN
+
+
+def alone() -> Drafter:
+    return ModelDrafter(draft_model(), LENGTH)
+
+
+@cache
+def plain() -> tuple[list[list[int]], int]:
+    texts, engine = run(alone())
+    return texts, engine.counts.accepted
+
+
+def beside(make: Callable[[], Drafter], where: Host | None = None) -> Apart:
+    return Apart(make, alone(), host() if where is None else where)
+
+
+MAKERS = {
+    "model": partial(ModelDrafter, draft_model(), LENGTH),
+    "ahead": partial(Ahead, ModelDrafter(draft_model(), LENGTH + 1), 4),
+    "ahead-inline": partial(Ahead, ModelDrafter(draft_model(), LENGTH + 1), 4, inline=True),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_text_is_that_of_the_drafter_here(kind: str) -> None:
+    """At any temperature, also when slots are used again, and by a second drafter of the same process."""
+    drafter = beside(MAKERS[kind])
+    for _ in range(2):
+        texts, engine = run(drafter)
+        assert (texts, engine.counts.accepted) == plain()
+        assert not engine.notices
+    assert drafter.pid == host().pid
+
+
+def test_attributes_and_memory_are_the_drafters() -> None:
+    made = MAKERS["ahead"]()
+    drafter = beside(MAKERS["ahead"])
+    assert drafter.name == f"apart:{made.name}"
+    assert (drafter.max_depth, drafter.max_nodes, drafter.trees, drafter.layers) == (LENGTH, LENGTH, False, ())
+    assert drafter.cache_need(2, 100) == made.cache_need(2, 100)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", ["killed", "failing", pytest.param("stopped", marks=pytest.mark.slow)])
+def test_a_lost_process_costs_nothing_but_speed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of texts. It is said once, no text differs, and no step goes without drafts."""
+    where = host() if how == "failing" else Host(2.0 if how == "stopped" else 60.0)
+    drafter = beside(partial(Failing, draft_model(), LENGTH) if how == "failing" else MAKERS["ahead"], where)
+    pid, steps, draft = drafter.pid, 0, drafter.draft
+    assert pid is not None
+
+    def counted(evidence, budget):
+        nonlocal steps
+        steps += 1
+        if steps == 5 and how != "failing":
+            os.kill(pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        return draft(evidence, budget)
+
+    monkeypatch.setattr(drafter, "draft", counted)
+    texts, engine = run(drafter)
+    assert (texts, engine.counts.accepted) == plain()
+    reason = {"killed": "ended with code -9", "stopped": "no answer within 2 s", "failing": "boom"}[how]
+    assert [n for n in engine.notices if "process of their own" in n and reason in n] == engine.notices
+    assert len(engine.notices) == 1
+    assert engine.defects == 0
+    assert drafter.pid is None
+    assert run(drafter)[0] == plain()[0]
+
+
+def test_an_interrupt_leaves_no_answer_for_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Host()
+    drafter = beside(MAKERS["model"], one)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selectors.DefaultSelector, "select", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            drafter.bind(2, 30)
+    assert run(drafter)[0] == plain()[0]  # here
+    assert drafter.pid is None
+
+
+def test_what_cannot_be_made_there_is_refused_by_name() -> None:
+    with pytest.raises(CapabilityError, match="could not be made in a process of its own .*drop 'apart:'"):
+        beside(lambda: alone())  # a function that has no name elsewhere
+    with pytest.raises(CapabilityError, match="4 levels where its stand-in drafts 3"):
+        beside(partial(NGram, 4))
+    with pytest.raises(CapabilityError, match="only draft models run in a process of their own, not 'early:1'"):
+        load_drafter("apart:early:1", target=LEAN, length=3)
+    with pytest.raises(ConfigError, match="takes no prefix: write 'ngram', got 'apart:ngram'"):
+        load_drafter("apart:ngram", target=LEAN, length=3)
+
+
+@pytest.mark.parametrize("spec", ["apart:ahead:4:{}", pytest.param("apart:greedy:{}", marks=pytest.mark.slow)])
+def test_by_its_name(spec: str, tmp_path: Path) -> None:
+    """A process of its own loads the folder as the engine does, and ends with it; a request with a grammar decodes plainly."""
+    target = make_checkpoint(tmp_path / "target", "llama", tokenizer=True)
+    draft = make_checkpoint(tmp_path / "small", "llama", seed=0, num_hidden_layers=1, tokenizer=True)
+    asked = [SamplingParams(temperature=0.9, max_tokens=12, seed=n, ignore_eos=True) for n in range(3)]
+    texts = []
+    for name in (spec.removeprefix("apart:").removeprefix("ahead:4:").format(draft), spec.format(draft)):
+        one = build_engine(target, name, length=3, dtype="float32", slots=2)
+        texts.append([r.outputs[0].token_ids for r in one.generate(["the line", "a", "of many"], asked)])
+        assert one.counts.proposed > 20
+    assert texts[0] == texts[1]
+    before = one.counts.proposed
+    (found,) = one.generate(["the"], SamplingParams(temperature=0.0, max_tokens=8, grammar="regex:[ab]*"))
+    assert one.counts.proposed == before
+    assert set(found.outputs[0].text) <= set("ab")
+    assert not [n for n in one.notices if "process" in n]
+    pid = one.parts.drafter.pid  # type: ignore[attr-defined]
+    os.kill(pid, 0)
+    del one
+    gc.collect()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
