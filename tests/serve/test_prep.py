@@ -8,29 +8,21 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
 from pydantic import ValidationError
 
-from outrider.build import build_engine
-from outrider.cli import serve
-from outrider.cli.live_experiment import post
 from outrider.errors import RequestError
 from outrider.models.tokenizer import load_tokenizer
 from outrider.serve import prep as prep_module
-from outrider.serve.app import create_app
 from outrider.serve.body import CONTAINERS, KEYS, check, parsed
-from outrider.serve.bridge import OBJECT
 from outrider.serve.chat.fields import ChatRequest
 from outrider.serve.expressions import risky, wild
 from outrider.serve.parsing import BadField, parse
 from outrider.serve.prep import SHORT, Prep
 from outrider.serve.prep_worker import Refused, conversation, encoder
 from outrider.serve.requests import CompletionRequest
-from outrider.serve.server import server_for
-from outrider.serve.settings import Settings
 from outrider.serve.tickets import Unavailable
 from tests.serve.harness import Running
 
@@ -331,69 +323,3 @@ def test_special_tokens_are_a_field(server: Running) -> None:
             assert status == 200
             counts.append(json.loads(reply)["usage"]["prompt_tokens"])
         assert counts[0] >= counts[1] > 0
-
-
-FORMS = ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["a", "b"]}}})
-
-
-def test_the_first_json_does_not_wait_for_a_process_nor_for_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`serve` warms up beside its first requests: one process starts and JSON mode is compiled before anybody asks; a request for
-    it and one for a schema start no other."""
-    starts, start = list[int](), asyncio.create_subprocess_exec
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", lambda *a, **o: (starts.append(1), start(*a, **o))[1])
-    engine, compiled = build_engine(slots=1), list[str]()
-    compile_ = engine.compile_grammar
-    monkeypatch.setattr(engine, "compile_grammar", lambda text: (compiled.append(text), compile_(text))[1])
-
-    async def run() -> list[str]:
-        app = create_app(lambda **wiring: engine, Settings("m"), adaptive=False)
-        server = server_for(app, Settings("m"), "127.0.0.1", 0, beside=app.state.bridge.warm)
-        served = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        assert server.aside is not None
-        await server.aside
-        warmed = list(compiled)
-        for form in FORMS:
-            body = {"model": "m", "prompt": "x", "max_tokens": 4, "response_format": form}
-            assert (await post(app, "/v1/completions", body))[0] == 200
-        server.should_exit = True
-        await served
-        return warmed
-
-    assert asyncio.run(run()) == [OBJECT] and len(starts) == 1
-    assert compiled[:2] == [OBJECT, OBJECT] and len(compiled) == 3, "what `serve` compiles is what JSON mode asks for"
-
-
-def test_a_server_that_ends_while_it_warms_up_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[str] = []
-
-    async def endless() -> None:
-        try:
-            await asyncio.sleep(3600)
-        finally:
-            ended.append("cancelled")
-
-    async def run() -> None:
-        app = create_app(lambda **wiring: build_engine(slots=1), Settings("m"), adaptive=False)
-        server = server_for(app, Settings("m"), "127.0.0.1", 0, beside=endless)
-        served = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0)
-        server.should_exit = True
-        await asyncio.wait_for(served, 30)
-
-    asyncio.run(run())
-    assert ended == ["cancelled"]
-
-
-def test_serve_is_what_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command hands the bridge's own warming to its server."""
-    seen: list[Any] = []
-    ready = SimpleNamespace(run=lambda _: None)
-    monkeypatch.setattr("outrider.serve.server.server_for", lambda *given: (seen.append(given), ready)[1])
-    app = create_app(lambda **wiring: build_engine(slots=1), Settings("m"), adaptive=False)
-    asked = SimpleNamespace(kept=None, host="127.0.0.1", grace=1.0, replica=True)
-    serve.run(app, asked, Settings("m"), SimpleNamespace(getsockname=lambda: ("127.0.0.1", 1)))  # type: ignore[arg-type]
-    assert seen[0][-1] == app.state.bridge.warm
