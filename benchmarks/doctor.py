@@ -2,8 +2,8 @@
 
     python benchmarks/doctor.py model.gguf FOLDER ... [--rounds 4]
 
-A round measures as doctor does (the first blocks, a second), then decodes four texts of 48 tokens with the whole model and takes the
-fastest: both are the least of several, since other programs only add time. Printed: both, the ratio of every round, its median.
+A round measures as doctor does (the first blocks, a second), then decodes four texts of 48 tokens with the whole model and takes
+the fastest: both are the least of several, since other programs only add time. Printed: both, the ratio, and its median.
 """
 
 from __future__ import annotations
