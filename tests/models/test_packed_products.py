@@ -123,7 +123,9 @@ def test_the_twin_is_near_the_values_product(name: str, twice: bool) -> None:
     bound, sums = step / 2 @ values.abs().T, 2.0**-24 * (x.double().abs() @ values.abs().T)
     assert (error.abs() <= bound * 1.001 + 20 * sums + 1e-6 * bound.max()).all()
     expected = ((step**2 / 12) @ (values**2).T).mean().sqrt()
-    assert expected / 3 < error.square().mean().sqrt() < 3 * expected + (5 * sums.square().mean().sqrt() if twice else 0)
+    assert (
+        expected / 3 < error.square().mean().sqrt() < 3 * expected + (5 * sums.square().mean().sqrt() if twice else 0)
+    )
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -87,7 +87,8 @@ def expert_mlp(
 
 def _shared(gate_up: Tensor, down: Tensor, gate: Tensor, *, pack: bool) -> Callable[[Tensor], Tensor]:
     """sigmoid(gate x) times a SwiGLU that every row uses, in float32 at least (Qwen2-MoE)."""
-    expert = Expert(*(make_linear(w, None, pack=pack) for w in (*gate_up.chunk(2), down)))
+    gates, ups = gate_up.chunk(2)
+    expert = Expert(make_linear(gates, pack=pack), make_linear(ups, pack=pack), make_linear(down, pack=pack))
     weigh = make_linear(gate, None, pack=False)
     wide = lambda x: x if x.dtype is torch.float64 else x.float()  # noqa: E731
     return lambda x: torch.sigmoid(wide(weigh(x.to(gate.dtype)))) * expert(x)
