@@ -27,6 +27,7 @@ from outrider.drafters.tree.shapes import levels
 from outrider.errors import CapabilityError, ConfigError
 from outrider.models.load import load_target
 from outrider.models.toy import TinyLM
+from outrider.nn.drafts import Rows
 from outrider.params import SamplingParams
 from outrider.protocols import Controller
 from outrider.train.features import hidden_of
@@ -126,15 +127,14 @@ def test_rows_that_wait_while_nothing_is_drafted_are_read_as_the_others(
 ) -> None:
     """Drafts behind pauses have the logits of training, and if rows may wait fewer passes read them than there are steps."""
     monkeypatch.setattr(context, "MOST_HELD", most)
-    model, seen, passes = feature_model(), Seen(GROWTHS["chain"]()), [0]
-    drafter = EagleDrafter(model, seen)
-    feed = drafter._feed
+    passes = [0]
 
-    def counted(*given):
-        passes[0] += 1
-        return feed(*given)
+    class Counting(EagleDrafter):
+        def read_further(self, rows: Rows, state: torch.Tensor) -> None:
+            passes[0] += 1
 
-    monkeypatch.setattr(drafter, "_feed", counted)
+    model, seen = feature_model(), Seen(GROWTHS["chain"]())
+    drafter = Counting(model, seen)
     pausing = Pausing()
     decode(drafter, 2, control=pausing)
     assert len(seen.logits) > 20
