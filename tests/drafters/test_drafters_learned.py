@@ -33,7 +33,7 @@ from outrider.types import Draft, Evidence
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
 from tests.covering import covering, slow_beyond
-from tests.drafters.drafting import Seen, evidence, view
+from tests.drafters.drafting import Seen, check_parity, evidence, view
 from tests.plain_text import assert_plain_text
 
 V, H = 19, 16
@@ -96,17 +96,8 @@ def test_cached_logits_are_those_of_training(how: str, kv_heads: int, residual: 
     seen = Seen(GROWTHS[how]())
     decode(EagleDrafter(model, seen), 3)
     assert len(seen.logits) > 60
-    check_parity(model, seen)
+    check_parity(model, seen, states)
 
-
-def check_parity(model: Eagle3Network, seen: Seen) -> None:
-    """Every logit that was served is that of the unroll of its tokens."""
-    for history, path, rows in seen.along():
-        known = len(history) - 1  # the anchor has no hidden state yet
-        taps = states(history)[None, :known]
-        found = model.unroll(torch.tensor([[*history, *path]]), taps, len(rows))
-        for row, level in zip(rows, found, strict=True):
-            torch.testing.assert_close(row, level[0, known - 1], rtol=0, atol=2e-4)  # states went through float32 above
 
 
 @pytest.mark.parametrize("shared", [True, False])

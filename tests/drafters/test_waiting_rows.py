@@ -8,8 +8,8 @@ import torch
 from outrider.drafters import context
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.nn.drafts import Rows
-from tests.drafters.drafting import Pausing, Seen
-from tests.drafters.test_drafters_learned import GROWTHS, check_parity, decode, feature_model
+from tests.drafters.drafting import Pausing, Seen, check_parity
+from tests.drafters.test_drafters_learned import GROWTHS, decode, feature_model, states
 
 
 @pytest.mark.parametrize("most", [0, 3, 64])
@@ -29,6 +29,6 @@ def test_rows_that_wait_while_nothing_is_drafted_are_read_as_the_others(
     pausing = Pausing()
     decode(drafter, 2, control=pausing)
     assert len(seen.logits) > 20
-    check_parity(model, seen)
+    check_parity(model, seen, states)
     assert (passes[0] < 0.6 * pausing.steps) == (most > 0), (passes[0], pausing.steps)
     assert all(drafter.backlog.count(slot) == 0 for slot in range(2)), "released"
