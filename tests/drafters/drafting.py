@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -98,3 +99,12 @@ class Seen:
             return out
 
         self.inner.grow(evidence, depths, forest, logits, watched)
+
+
+def check_parity(model: Any, seen: Seen, states: Callable[[tuple[int, ...]], torch.Tensor]) -> None:
+    """Every logit that was served is that of the unroll of its tokens. states: the target's hidden states of a text."""
+    for history, path, rows in seen.along():
+        known = len(history) - 1  # the anchor has no hidden state yet
+        found = model.unroll(torch.tensor([[*history, *path]]), states(history)[None, :known], len(rows))
+        for row, level in zip(rows, found, strict=True):
+            torch.testing.assert_close(row, level[0, known - 1], rtol=0, atol=2e-4)  # states went through float32

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
-from outrider.drafters import context
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.eagle.network import EagleConfig
@@ -34,7 +33,7 @@ from outrider.types import Draft, Evidence
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
 from tests.covering import covering, slow_beyond
-from tests.drafters.drafting import Pausing, Seen, evidence, view
+from tests.drafters.drafting import Seen, check_parity, evidence, view
 from tests.plain_text import assert_plain_text
 
 V, H = 19, 16
@@ -97,17 +96,8 @@ def test_cached_logits_are_those_of_training(how: str, kv_heads: int, residual: 
     seen = Seen(GROWTHS[how]())
     decode(EagleDrafter(model, seen), 3)
     assert len(seen.logits) > 60
-    check_parity(model, seen)
+    check_parity(model, seen, states)
 
-
-def check_parity(model: Eagle3Network, seen: Seen) -> None:
-    """Every logit that was served is that of the unroll of its tokens."""
-    for history, path, rows in seen.along():
-        known = len(history) - 1  # the anchor has no hidden state yet
-        taps = states(history)[None, :known]
-        found = model.unroll(torch.tensor([[*history, *path]]), taps, len(rows))
-        for row, level in zip(rows, found, strict=True):
-            torch.testing.assert_close(row, level[0, known - 1], rtol=0, atol=2e-4)  # states went through float32 above
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -118,29 +108,6 @@ def test_heads_serve_what_they_were_trained_as(shared: bool) -> None:
     for (history, path), row in seen.logits.items():
         last = states(history[:-1], (3,))[-1, 0]
         torch.testing.assert_close(row, model(last)[len(path)], rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize("most", [0, 3, 64])
-def test_rows_that_wait_while_nothing_is_drafted_are_read_as_the_others(
-    most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Drafts behind pauses have the logits of training, and if rows may wait fewer passes read them than there are steps."""
-    monkeypatch.setattr(context, "MOST_HELD", most)
-    model, seen, passes = feature_model(), Seen(GROWTHS["chain"]()), [0]
-    drafter = EagleDrafter(model, seen)
-    feed = drafter._feed
-
-    def counted(*given):
-        passes[0] += 1
-        return feed(*given)
-
-    monkeypatch.setattr(drafter, "_feed", counted)
-    pausing = Pausing()
-    decode(drafter, 2, control=pausing)
-    assert len(seen.logits) > 20
-    check_parity(model, seen)
-    assert (passes[0] < 0.6 * pausing.steps) == (most > 0), (passes[0], pausing.steps)
-    assert all(drafter.backlog.count(slot) == 0 for slot in range(2)), "released"
 
 
 def by_hand(model: Eagle3Network, tokens: list[int], g: torch.Tensor, column: int, level: int) -> torch.Tensor:

@@ -182,7 +182,7 @@ def test_a_compiler_that_nobody_waits_for_ends_with_what_it_started(tmp_path: Pa
     driver.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {told}.part\nmv {told}.part {told}\nwait\n")
     driver.chmod(0o700)
     with pytest.raises(compiled.BuildError, match="did not end within 2 s"):
-        compiled._run([str(driver)], 2.0)
+        compiled.compile_unit(DECODER, [str(driver)], [], tmp_path / "unit.so", patience=2.0)
     worker = int(told.read_text())
     for _ in range(1000):  # a killed process ends when it is next scheduled
         try:

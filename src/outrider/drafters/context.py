@@ -133,7 +133,7 @@ class Backlog:
         if held is None:
             held = _Held(found.start, 0, found.gap, tuple(list[Tensor]() for _ in hidden))
         for kept, now in zip(held.taps, hidden, strict=True):
-            kept.append(now[found.rows])  # a copy: a view would keep all rows of the step
+            kept.append(now if count == len(now) else now[found.rows])  # a copy: a view would keep all rows of the step
         self._held[slot] = replace(held, count=held.count + count)
         self._context.next[slot] += count
 

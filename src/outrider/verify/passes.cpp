@@ -340,12 +340,6 @@ EXPORT void outrider_distributions(const float* x, int64_t count, int64_t size, 
     for (int64_t r = 0; r < count; ++r) rows::distribution(x + r * size, size, temperature[r], out + r * size);
 }
 
-// What a distribution says of its own acceptance: the sum of the squares of each row if tokens are drawn from it, otherwise, of rows of
-// logits, the probability of the most likely token.
-EXPORT void outrider_certainty(const float* x, int64_t count, int64_t size, int drawn, double* out) {
-    for (int64_t r = 0; r < count; ++r) out[r] = drawn ? rows::squares(x + r * size, size) : rows::share(x + r * size, size);
-}
-
 // A status of `forward`; 0: all levels are there, or as many as their chains wanted.
 EXPORT int outrider_chain(const chain::Chains* chains) { return chain::grow(*chains); }
 

@@ -6,6 +6,8 @@
 #include <limits>
 #include <vector>
 
+#include "rows.h"
+
 namespace picks {
 
 constexpr int64_t STRIDE = 256;  // running sums are kept at every so many entries
@@ -119,4 +121,10 @@ EXPORT void outrider_best(const void* x, int wide, int64_t rows, int64_t size, i
         if (wide) picks::best(static_cast<const double*>(x) + r * size, size, count, token + r * count, static_cast<double*>(value) + r * count);
         else picks::best(static_cast<const float*>(x) + r * size, size, count, token + r * count, static_cast<float*>(value) + r * count);
     }
+}
+
+// What a distribution says of its own acceptance: the sum of the squares of each row if tokens are drawn from it, otherwise, of rows of
+// logits, the probability of the most likely token.
+EXPORT void outrider_certainty(const float* x, int64_t count, int64_t size, int drawn, double* out) {
+    for (int64_t r = 0; r < count; ++r) out[r] = drawn ? rows::squares(x + r * size, size) : rows::share(x + r * size, size);
 }

@@ -86,6 +86,8 @@ class DFlashDrafter:
             raise ConfigError("the block drafter has no cache yet: call bind(slots, length) before drafting")
         wanted = {view.slot for view, depth in zip(evidence.sequences, budget, strict=True) if depth > 0}
         self._catch_up(self._run, evidence, wanted)
+        if not wanted:
+            return Draft.empty(len(budget), evidence.scores.logits.device)
         forest, depths = Forest(len(budget)), [0] * len(budget)
         live: list[SequenceView] = []
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):

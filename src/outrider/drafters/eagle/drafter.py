@@ -109,6 +109,8 @@ class EagleDrafter:
             raise ConfigError("the feature drafter has no cache yet: call bind(slots, length) before drafting")
         wanted = {view.slot for view, depth in zip(evidence.sequences, budget, strict=True) if depth > 0}
         read = self._catch_up(self._run, evidence, wanted)
+        if not wanted:
+            return Draft.empty(len(budget), evidence.scores.logits.device)
         forest, depths = Forest(len(budget)), [0] * len(budget)
         live = []
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):
