@@ -56,6 +56,15 @@ def test_a_huge_count_is_refused_by_its_name(family: str, where: tuple[str | int
         admit(tmp_path, raw)
 
 
+@pytest.mark.parametrize("family", ["gemma3n_text", "jamba"])
+def test_an_assertion_of_a_family_becomes_a_sentence(family: str, tmp_path: Path) -> None:
+    """A padding token outside the vocabulary: torch asserts."""
+    raw = hostile(tmp_path, family, ("pad_token_id",), HUGE)
+    with pytest.raises(ConfigError, match="transformers does not run") as caught:
+        admit(tmp_path, raw)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("family", "where"), HOSTILE, ids=lambda x: x if isinstance(x, str) else str(x[-1]))
 def test_the_same_configuration_as_it_was_is_not(family: str, where: tuple[str | int, ...], tmp_path: Path) -> None:
     """The negative control: nothing in a small configuration counts as huge."""

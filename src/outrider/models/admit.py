@@ -147,7 +147,9 @@ def _skeleton(folder: Path, config: Any, named: str) -> nn.Module:
     try:
         with bounded(folder), torch.device("meta"):
             return model_class(config).from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a family's class says to numbers that it does not like
         raise ConfigError(
             f"transformers does not run {folder} ({named}) as a causal language model "
             f"({brief(error)}): use a model that continues text"
