@@ -111,6 +111,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
     **each("qwen2_vl qwen2_5_vl", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}),
     "falcon": {"alibi": False},
+    "moshi": {"sliding_window": POSITIONS},  # all of its positions, as the default: its masks know no window
     "doge": {"is_moe": False},
     "opt": {"init_std": 0.1},
 }  # fmt: skip
