@@ -27,9 +27,10 @@ page is what `benchmarks/model_page.py` makes of the rows. A checkpoint of a fam
   (n-grams, and its own text with every fifth token wrong), and sampled text (rule `match`) that of plain decoding.
 - **speed**: as a share of transformers' `generate`, plain decoding of one sequence; the median of two interleaved runs of a few
   dozen tokens on a machine that other programs used too, so that single values are rough: measure a family that matters with
-  `benchmarks/families.py`. Values marked *c* came out below 0.9 and were measured again in processor time, five or (lately) seven
-  interleaved runs (`--again 0.9 --rounds 7`): one thread. On the seam a step takes a median of 0.1 ms more than one of `generate`,
-  of 2 to 4 ms of four layers of 64; what is left below is that fixed cost, which a real model does not show, and chance.
+  `benchmarks/families.py`. Values marked *c* came out low and were measured again in processor time, one thread, five to eleven
+  interleaved runs (31 of mistral3), the lowest of them on 2026-11-30 (`--again 0.97 --rounds 11`, 2 cores of an AMD EPYC that
+  other programs used too). The lowest of all is {lowest}: a step of ours costs about 0.1 ms more around the model than one
+  of `generate`, of 1 to 3 ms of four layers of 64, and less within it.
 
 {counts}
 
@@ -62,6 +63,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     cell = lambda text: str(text).replace("|", "\\|")  # noqa: E731
     return PAGE.format(
         release=rows[0]["transformers"],
+        lowest=min(r["speed"] for r in ran if "speed" in r),
         counts=f"{len(ran)} families run, {chains} of them with drafts; {len(refused)} are refused, {len(untried)} could not be "
         "tried.",
         table="\n".join(

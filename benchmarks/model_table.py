@@ -62,10 +62,11 @@ SMALL: dict[str, Any] = {
     **each("moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size", WIDTH // 2),
     **each("state_size ssm_state_size mamba_d_state", 8),
     **each("mamba_n_heads mamba_num_heads n_mamba_heads", 8),
-    **each("mamba_d_head mamba_head_dim mamba_headdim linear_key_head_dim linear_value_head_dim", 16),
+    **each("mamba_d_head mamba_head_dim mamba_headdim linear_key_head_dim linear_value_head_dim linear_head_dim", 16),
     **each("n_group topk_group mamba_n_groups mamba_ngroups n_groups n_shared_experts", 1),
     **each("vocab_size vocab_size_per_layer_input", VOCAB),
-    "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "mamba_chunk_size": 16, "chunk_size": 16,
+    "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_num_heads": 4,
+    "mamba_chunk_size": 16, "chunk_size": 16,
     "kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_head_dim": 24, "first_k_dense_replace": 1,
     "sliding_window": 16, "attention_window_size": 16, "attention_chunk_size": 16, "hidden_size_per_layer_input": 16,
     "rotary_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "use_cache": True,
@@ -110,6 +111,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
     **each("qwen2_vl qwen2_5_vl", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}),
     "falcon": {"alibi": False},
+    "moshi": {"sliding_window": POSITIONS},  # all of its positions, as the default: its masks know no window
     "doge": {"is_moe": False},
     "opt": {"init_std": 0.1},
 }  # fmt: skip
@@ -126,7 +128,8 @@ def shrink(config: Any, own: dict[str, Any]) -> Any:
         given |= {"head_dim": SMALL["qk_rope_head_dim"], "num_key_value_heads": 4}
     parts = {k: getattr(config, k) for k in getattr(kind, "sub_configs", {}) if getattr(config, k, None) is not None}
     smaller = {k: shrink(c, own if "text" in k else {}) for k, c in parts.items()}
-    if any("vocab_size" in c.to_dict() for c in parts.values()):  # the language model is one of them
+    spoken = any("vocab_size" in c.to_dict() for c in parts.values())
+    if spoken and "num_hidden_layers" not in held:  # the language model is one of them
         given = {k: v for k, v in given.items() if k.endswith("token_id")}
         return kind(**given, **smaller)
     return kind(**{**given, **own, **smaller})

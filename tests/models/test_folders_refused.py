@@ -73,7 +73,8 @@ def test_tensors_without_a_place_are_refused_by_name(copy, name: str, implementa
 def test_buffers_and_parts_that_are_no_text_are_left_out(model, copy, implementation: str) -> None:
     harmless = ("model.layers.0.self_attn.rotary_emb.inv_freq", "mtp.layers.0.weight", "visual.patch_embed.weight")
     rewrite(copy, **{name: torch.ones(4) for name in harmless})
-    assert torch.equal(logits(copy, implementation), logits(model, implementation))
+    # weights lie elsewhere in the other file, and on some CPUs products round by where they lie
+    torch.testing.assert_close(logits(copy, implementation), logits(model, implementation), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["auto", "hf"])

@@ -24,6 +24,10 @@ def test_no_family_has_another_text() -> None:
     assert all(r["told_accepted"] and r["told_rejected"] for r in drafted)
 
 
+def test_no_recorded_speed_is_below_nine_tenths_of_that_of_transformers() -> None:
+    assert min(r["speed"] for r in ROWS if "speed" in r) >= 0.9
+
+
 def test_what_does_not_run_is_refused_in_a_sentence() -> None:
     refused = [r["refused"] for r in ROWS if "refused" in r]
     assert refused

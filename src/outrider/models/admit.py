@@ -13,15 +13,11 @@ import torch
 from torch import nn
 
 from outrider.errors import ConfigError
-from outrider.models.config import MOST_LAYERS
+from outrider.models.counts import bounded, check_counts
 from outrider.models.packages import require_transformers
 
 _CAUSAL = "is_causal"
 """The attribute by which attention modules of transformers state whether a row is blind to later rows."""
-_DEPTHS = frozenset(
-    {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "decoder_layers", "encoder_layers"}
-)
-"""The keys by which families name a number of layers."""
 
 
 def admit(folder: Path, raw: dict, *, tried: bool = False) -> Any:
@@ -31,7 +27,7 @@ def admit(folder: Path, raw: dict, *, tried: bool = False) -> Any:
     weights. Raises ConfigError for the others: an unknown architecture, one that is not a decoder or too deep, weights quantised in
     a way that needs another package or machine.
     """
-    _check_depth(folder, raw)
+    check_counts(folder, raw)
     config = _config(folder)
     named = raw.get("model_type", type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
@@ -145,24 +141,15 @@ def model_class(config: Any) -> Any:
     return pictured if kind not in causal._model_mapping and kind in pictured._model_mapping else causal
 
 
-def _check_depth(folder: Path, raw: dict) -> None:
-    """Raise ConfigError if a part has too many layers: even without weights each of them takes time and memory."""
-    for key, value in raw.items():
-        if isinstance(value, dict):
-            _check_depth(folder, value)
-        elif key in _DEPTHS and isinstance(value, int) and value > MOST_LAYERS:
-            raise ConfigError(
-                f"{folder / 'config.json'}: {key} {str(value)[:20]} is more than {MOST_LAYERS}: check its configuration"
-            )
-
-
 def _skeleton(folder: Path, config: Any, named: str) -> nn.Module:
     """The model without weights, as transformers builds it."""
     require_transformers()
     try:
-        with torch.device("meta"):
+        with bounded(folder), torch.device("meta"):
             return model_class(config).from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a family's class says to numbers that it does not like
         raise ConfigError(
             f"transformers does not run {folder} ({named}) as a causal language model "
             f"({brief(error)}): use a model that continues text"
