@@ -72,7 +72,7 @@ def main() -> None:
     slow = partial(Slow, busy=given.busy)
     target, draft = slow(table, given.seconds), slow(small, given.seconds * given.cost)
     beside = partial(Ahead, ModelDrafter(draft, given.length + 1), given.premises)  # type: ignore[arg-type]
-    turn = partial(ModelDrafter, draft, given.length)
+    turn = partial(ModelDrafter, draft, given.length)  # type: ignore[arg-type]
     drafters: dict[str, tuple[Drafter, int]] = {
         "plain": (NoDraft(), 0),
         "in turn": (turn(), given.length),

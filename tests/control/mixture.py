@@ -30,6 +30,11 @@ def free(rows: float, depth: float) -> tuple[float, float]:
     return 0.010 + 0.00002 * rows, 0.0003 * depth
 
 
+def cheap(rows: float, depth: float) -> tuple[float, float]:
+    """The same with drafts that are dear: rows add little, and a level takes 6% of a pass."""
+    return 0.010 + 0.00002 * (rows - 1), 0.0006 * depth
+
+
 def dear(rows: float, depth: float) -> tuple[float, float]:
     """A machine on which a draft never pays: a row costs as much as a whole sequence's step."""
     return 0.004 * rows, 0.001 * depth

@@ -101,8 +101,10 @@ class LengthSearch:
             self.known.clear()
 
     def near(self) -> list[int]:
-        """Lengths to try against the choice: plain decoding, one less, one more; against plain decoding, `first` and 1."""
-        near = (0, self.length - 1, self.length + 1) if self.length else (self.first, min(1, self.longest))
+        """Lengths to try against the choice: plain decoding, one less, one more, and two, since the gains of two single steps may
+        each be below the margin; against plain decoding, `first` and 1."""
+        one, two = ((self.length + d, self.length - d) for d in (1, 2))
+        near = (0, one[1], one[0], *two) if self.length else (self.first, min(1, self.longest))
         return [x for x in dict.fromkeys(near) if 0 <= x <= self.longest and x != self.length]
 
     def next_trial(self) -> int:
