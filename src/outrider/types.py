@@ -225,15 +225,6 @@ class Rows:
             anchors, nodes = anchors + s.scored, nodes + len(s.parent)
         return tuple(out)
 
-    @cached_property
-    def last(self) -> int | None:
-        """How many of the last rows the scored ones are, if they are those, in order; None: they lie elsewhere. A view of the last
-        rows is the cheaper choice of rows."""
-        anchors = [s.first + s.fed - 1 for s in self.segments if s.scored]
-        nodes = [i for s in self.segments for i in range(s.first + s.fed, s.first + s.count)]
-        found = anchors + nodes
-        return len(found) if found and found == [*range(self.count - len(found), self.count)] else None
-
     @staticmethod
     def assemble(
         slots: list[int], prefixes: list[list[int]], cached: list[int], draft: Draft, scored: list[bool] | None = None
@@ -349,18 +340,6 @@ class Evidence:
     source = Renamed("segment_index")
     judged = Renamed("verdict_index")
     law = Renamed("pipeline")
-
-    def take(self, index: Sequence[int]) -> Evidence:
-        """What of it concerns some of `sequences`, in the order given; rows, draft and verdict are those of all."""
-        if list(index) == list(range(len(self.sequences))):
-            return self
-        return replace(
-            self,
-            sequences=tuple(self.sequences[i] for i in index),
-            segment_index=tuple(self.segment_index[i] for i in index),
-            verdict_index=tuple(self.verdict_index[i] for i in index),
-            noise=self.noise.take(index),
-        )
 
     def accepted_rows(self, i: int) -> list[int]:
         """Rows of the forward that sequence i now has in the target's KV cache, in order."""

@@ -21,6 +21,7 @@ from outrider.nn.kv import check_kept, check_room
 from outrider.nn.layers import FusedLayer, Mlp, rms_norm
 from outrider.nn.masks import ancestor_mask
 from outrider.nn.row_cache import RowCache
+from outrider.nn.row_parts import last_scored
 from outrider.types import Draft, Rows, Segment, Tree
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -217,7 +218,7 @@ def test_it_imports_nothing_that_drafts_verifies_or_is_a_model() -> None:
 
 
 def test_the_scored_rows_are_the_last_ones_or_not() -> None:
-    """`Rows.last` says so for whatever lies in a step: chunks that are not scored, trees, several sequences."""
+    """`last_scored` says so for whatever lies in a step: chunks that are not scored, trees, several sequences."""
     g, seen = random.Random(0), Counter[bool]()
     for _ in range(400):
         trees: list[Tree] = []
@@ -230,6 +231,6 @@ def test_the_scored_rows_are_the_last_ones_or_not() -> None:
         rows = Rows.assemble(list(range(len(scored))), prefixes, [9] * len(scored), Draft.join(trees), scored)
         found, count = rows.scored.tolist(), len(rows.scored)
         are_last = count > 0 and found == list(range(rows.count - count, rows.count))
-        assert rows.last == (count if are_last else None)
+        assert last_scored(rows) == (count if are_last else None)
         seen[are_last] += 1
     assert min(seen.values()) > 100

@@ -170,7 +170,7 @@ class Ahead:
         rest = [i for i, made in enumerate(found) if made is None]
         if not rest:
             return Draft.empty(len(found), evidence.scores.logits.device)
-        draft = self.inner.draft(evidence.take(rest), [budget[i] + 1 if budget[i] else 0 for i in rest])
+        draft = self.inner.draft(_of(evidence, rest), [budget[i] + 1 if budget[i] else 0 for i in rest])
         number = {i: n for n, i in enumerate(rest)}
         return draft.take([number.get(i, -1) for i in range(len(found))])
 
@@ -289,3 +289,16 @@ def _alone(made: _Made) -> Draft:
     probs = one.q.probs[rows]
     sound = None if one.q.sound is None else probs
     return replace(one, q=replace(one.q, probs=probs, row=tuple(number[r] for r in one.q.row), sound=sound))
+
+
+def _of(evidence: Evidence, index: Sequence[int]) -> Evidence:
+    """What of it concerns some of its sequences, in the order given; rows, draft and verdict are those of all."""
+    if list(index) == list(range(len(evidence.sequences))):
+        return evidence
+    return replace(
+        evidence,
+        sequences=tuple(evidence.sequences[i] for i in index),
+        segment_index=tuple(evidence.segment_index[i] for i in index),
+        verdict_index=tuple(evidence.verdict_index[i] for i in index),
+        noise=evidence.noise.take(index),
+    )

@@ -20,6 +20,15 @@ class Part:
     place: list[int]
 
 
+def last_scored(rows: Rows) -> int | None:
+    """How many of the last rows the scored ones are, if they are those, in order; None: they lie elsewhere. A view of the last rows
+    is the cheaper choice of rows."""
+    anchors = [s.first + s.fed - 1 for s in rows.segments if s.scored]
+    nodes = [i for s in rows.segments for i in range(s.first + s.fed, s.first + s.count)]
+    found = anchors + nodes
+    return len(found) if found and found == [*range(rows.count - len(found), rows.count)] else None
+
+
 def take_segments(rows: Rows, index: Sequence[int]) -> Part:
     """The forward of the segments `index` (ascending) of `rows`."""
     segments: list[Segment] = []

@@ -24,6 +24,7 @@ from outrider.models.hf.state import chosen, named_rows, scores_rows
 from outrider.nn.attention import attend
 from outrider.nn.kv import PagedKV, page_limit
 from outrider.nn.masks import ancestor_mask
+from outrider.nn.row_parts import last_scored
 from outrider.pictured import Range
 from outrider.protocols import KVCache
 from outrider.types import Rows
@@ -226,7 +227,8 @@ class AttentionInterfacePath:
     def _call(self, rows: Rows, kv: KVCache) -> Float[Tensor, "M V"]:
         assert isinstance(kv, PagedKV)
         kv.reserve(rows)
-        scored = rows.scored if rows.last is None else rows.last
+        last = last_scored(rows)
+        scored = rows.scored if last is None else last
         with self._ours:
             out = self.model(
                 input_ids=rows.token[None],

@@ -21,6 +21,7 @@ from outrider.errors import CapabilityError
 from outrider.models.hf.hooks import HiddenStateHooks, RecordedStates
 from outrider.models.hf.state import Choice, Handover, chosen, keeping
 from outrider.models.states import Path, SlotCaches, StateCaches, growing_by_token, tensors_of
+from outrider.nn.row_parts import last_scored
 from outrider.protocols import KVCache
 from outrider.types import Rows, Segment
 
@@ -35,7 +36,8 @@ class _Scored:
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-        self.wanted = sorted(rows.scored.tolist()) if rows.last is None else range(rows.count - rows.last, rows.count)
+        self.last = last_scored(rows)
+        self.wanted = sorted(rows.scored.tolist()) if self.last is None else range(rows.count - self.last, rows.count)
         self.parts: list[Tensor] = []
 
     def within(self, first: int, end: int, shift: int = 0) -> Choice:
@@ -47,7 +49,7 @@ class _Scored:
 
     def logits(self) -> Float[Tensor, "M V"]:
         """Segments come in the order of their rows, so the collected logits are sorted by row."""
-        if self.rows.last is not None or len(self.rows.segments) == 1:  # so are the scored rows
+        if self.last is not None or len(self.rows.segments) == 1:  # so are the scored rows
             return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
         return torch.cat(self.parts)[torch.argsort(torch.argsort(self.rows.scored))]
 

@@ -24,14 +24,13 @@ class Decoder {
         m_ = m;
         outputs_ = f.outputs ? f.outputs : m.vocab, support_ = f.support;
         features_.build(f, m.hidden, m.eps, m.layer[0].qkv->stores());
-        group_ = m.heads / m.kv_heads;
-        half_ = m.turned;
+        group_ = m.heads / m.kv_heads, half_ = m.turned;
         normed_stores_ = m.head->stores(), mixed_stores_ = inner_stores_ = 0;
         int down_stores = 0;
         for (int64_t i = 0; i < m.layers; ++i) {
             const LayerPointers& layer = m.layer[i];
-            normed_stores_ |= layer.qkv->stores() | layer.gate_up->stores();
-            for (const Linear* more : {layer.router, layer.shared_gate_up, layer.shared_gate}) normed_stores_ |= more ? more->stores() : 0;
+            for (const Linear* reads : {layer.qkv, layer.gate_up, layer.router, layer.shared_gate_up, layer.shared_gate})
+                normed_stores_ |= reads ? reads->stores() : 0;
             mixed_stores_ |= layer.o->stores(), down_stores |= layer.down->stores();
             inner_stores_ |= layer.router ? 0 : layer.down->stores();
             posts_ = posts_ || layer.post1 || layer.post2;
