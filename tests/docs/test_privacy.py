@@ -19,7 +19,7 @@ FOREIGN = {  # private names of others that have no public one
     *("_repr_html_", "_repr_png_"),
     *("_attn_implementation", "_backbone_forward", "_exit", "_expand_kernel_impl", "_fields", "_getframe"),
     *("_register_builtin", "_replace"),
-    *("_buffers", "_parameters"),
+    *("_buffers", "_compiled_call_impl", "_modules", "_parameters"),
     *("_forward_hooks", "_forward_pre_hooks", "_version", "_prepare_generation_config"),
 }
 OWN = ("self", "cls")
