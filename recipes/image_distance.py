@@ -21,7 +21,7 @@ from outrider.theory.earth_mover import earth_movers_distance
 from outrider.verify import load_rule
 from outrider.verify.lossy import Lossy, Position, allowed, bias_of
 
-PLACES = 1000
+PLACES = 400
 RULES = {
     "tv_budget": [f"tv_budget:per_token={x}" for x in (0.02, 0.05, 0.1, 0.2)],
     "neighbours": [f"neighbours:delta={x},k=16" for x in (0.05, 0.1, 0.2, 0.4)],

@@ -42,6 +42,18 @@ def test_of_equal_distributions_it_is_nothing_and_of_point_masses_their_distance
     )
 
 
+@pytest.mark.parametrize("size", [40, 256])
+def test_small_masses_leave_a_programme_with_a_solution(size: int) -> None:
+    """Distributions of many codes, most of them next to nothing, that differ by little: as image models have them."""
+    rng = np.random.default_rng(size)
+    for _ in range(5):
+        p = rng.dirichlet(np.full(size, 0.02))
+        q = p + 0.01 * (rng.dirichlet(np.full(size, 0.02)) - p)
+        places = np.sort(rng.random(size))
+        area = float((np.abs((p - q).cumsum())[:-1] * np.diff(places)).sum())
+        assert distance(p, q / q.sum(), places[:, None]) == pytest.approx(area, rel=1e-4, abs=1e-8)
+
+
 def test_what_is_no_distribution_or_has_no_place_is_refused() -> None:
     with pytest.raises(ValueError, match="first must sum to one"):
         distance([0.5, 0.2], [0.5, 0.5], [[0.0], [1.0]])

@@ -9,11 +9,17 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linprog
+from scipy.sparse import identity, kron
 
 from outrider.theory.checks import probabilities, real
 
-LEAST = 1e-9
-"""Mass of a code that is not worth a variable of the programme: it is counted as staying, an error below V LEAST diameters."""
+LEAST = 1e-8
+"""Share of the moved mass that is not worth a variable of the programme: it is counted as staying, an error below V LEAST diameters
+of it."""
+UNIT = 1e4
+"""What all moved mass is in the programme: large beside the solver's tolerance of 1e-7, which small masses would lie within."""
+SLACK = 1e-9
+"""Share of the moved mass by which a code may take more: rounding must not leave a programme without a solution."""
 
 
 def earth_movers_distance(first: npt.ArrayLike, second: npt.ArrayLike, points: npt.ArrayLike) -> float:
@@ -36,16 +42,17 @@ def earth_movers_distance(first: npt.ArrayLike, second: npt.ArrayLike, points: n
     if not len(p) == len(q) == len(places):
         raise ValueError(f"{len(p)} and {len(q)} probabilities need as many points, got {len(places)}")
     more, less = np.maximum(p - q, 0.0), np.maximum(q - p, 0.0)
-    giving, taking = np.flatnonzero(more > LEAST), np.flatnonzero(less > LEAST)
+    moved = float(more.sum())
+    giving, taking = (np.flatnonzero(x > LEAST * moved) for x in (more, less))
     if not len(giving) or not len(taking):
         return 0.0
     cost = np.linalg.norm(places[giving][:, None] - places[taking][None], axis=-1)
-    give = more[giving]
-    take = less[taking] * (give.sum() / less[taking].sum())
+    give, take = (x / x.sum() for x in (more[giving], less[taking]))
     if len(give) == 1 or len(take) == 1:
-        return float((cost * np.outer(give, take)).sum() / give.sum())
-    rows, columns = np.kron(np.eye(len(give)), np.ones(len(take))), np.kron(np.ones(len(give)), np.eye(len(take)))
-    found = linprog(cost.ravel(), A_eq=np.vstack([rows, columns[:-1]]), b_eq=np.concatenate([give, take[:-1]]))
+        return float((cost * np.outer(give, take)).sum()) * moved
+    rows = kron(identity(len(give)), np.ones((1, len(take))), format="csr")
+    columns = kron(np.ones((1, len(give))), identity(len(take)), format="csr")
+    found = linprog(cost.ravel(), A_ub=columns, b_ub=UNIT * (take + SLACK), A_eq=rows, b_eq=UNIT * give)
     if not found.success:
         raise ValueError(f"the distance was not found: {found.message}")
-    return float(found.fun)
+    return float(found.fun) / UNIT * moved
