@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ TINTS = {"accepted": (60, 170, 90), "corrected": (225, 50, 50), "bonus": (50, 15
 """Colours of tokens by origin: accepted drafts, corrections where a draft was rejected, tokens behind a whole accepted draft."""
 
 
+@runtime_checkable
 class ImageCode(Protocol):
     """What the tokens of a picture mean: a `Raster`, or a `Written` picture of a model with a decoder of its own.
 

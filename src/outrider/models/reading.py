@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +34,7 @@ Maps = Mapping[Path, safe_open]
 _CPU = torch.device("cpu")
 
 
+@runtime_checkable
 class Source(Protocol):
     """What is known of a checkpoint before its weights are read (`checkpoint.Checkpoint`).
 

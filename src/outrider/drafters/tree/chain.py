@@ -12,7 +12,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -44,6 +44,7 @@ class Stopping:
     beliefs: Sequence[Belief]
 
 
+@runtime_checkable
 class Foreseeing(Protocol):
     """A `NextLogits` whose forwards for chains are known ahead, or that needs none."""
 
