@@ -130,7 +130,7 @@ class LayerWeights:
     gate_up_bias: Float[Tensor, "G"] | None = None
     down_bias: Float[Tensor, "O"] | None = None
     sinks: Float[Tensor, "heads"] | None = None
-    shared_gate_up: Float[Tensor, "G H"] | Segments | Later | None = None
+    shared_gate_up: Float[Tensor, "SG H"] | Segments | Later | None = None
     shared_down: Float[Tensor, "H S"] | Segments | Later | None = None
     shared_gate: Float[Tensor, "one H"] | None = None
 
