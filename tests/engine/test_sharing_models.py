@@ -44,7 +44,7 @@ def draft(tmp_path: Path) -> Path:
 
 def test_what_decides_the_model_and_what_does_not(engine: Engine, draft: Path) -> None:
     """Option by option: a new one must be put into one of the tables."""
-    fixed = {"draft", "target", "dtype", "device", "target_quantize", "kv_dtype"}
+    fixed = {"draft", "target", "dtype", "device", "target_quantize", "kv_dtype", "input_bits"}
     fixed |= {"draft_vocabulary"}  # counted, so in a test of its own
     assert set(OTHER) | set(SHARED) | fixed == set(EngineOptions.__dataclass_fields__)
     first = model_of(engine, draft)
@@ -78,7 +78,8 @@ def test_one_name_in_two_folders_is_two_models(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": "float64"}, {"device": "meta"}, {"target": "another"}, {"target_quantize": "q8_0"}]
+    "changes",
+    [{"dtype": "float64"}, {"device": "meta"}, {"target": "another"}, {"target_quantize": "q8_0"}, {"input_bits": 16}]
 )
 def test_what_the_loaded_target_has_decided_cannot_change(engine: Engine, changes: dict[str, str]) -> None:
     """It would be dropped in silence: the companion has the weights that are there."""
