@@ -183,8 +183,8 @@ void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, fl
 }
 
 // Rows together, and groups side by side: where rows and groups have more totals than there are registers, spilling some costs less
-// than fewer streams would. Where there are no sums of byte products nothing is gained by either.
-constexpr int MOST_ROWS = OUTRIDER_DOTS ? 8 : 1, MOST_GROUPS = OUTRIDER_DOTS ? 4 : 1;
+// than fewer streams would. Where there are no sums of byte products nothing is gained by either; but inputs of 16 bits are two rows.
+constexpr int MOST_ROWS = OUTRIDER_DOTS ? 8 : 2, MOST_GROUPS = OUTRIDER_DOTS ? 4 : 1;
 
 // The kernels of a type, for 1, 2, ... rows: one group, and MOST_GROUPS.
 template <class X>
