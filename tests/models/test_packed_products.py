@@ -181,7 +181,9 @@ def test_every_level_gives_the_same_bits(level: str, tmp_path) -> None:
     chosen = next(one for one in isa.levels() if one.name == level)
     path = compiled.build(compiled.DECODER, compiled.find_compiler(), tmp_path, openmp=False, level=chosen)
     library = ctypes.CDLL(str(path))
-    for name, rows, outputs, inputs in itertools.product(TYPES, (*ROWS, 19), (1, 9, 24, 257), (288, 512)):
+    cases = itertools.product(TYPES, (*ROWS, 19), (1, 9, 24, 257), (288, 512), (False, True))
+    for name, rows, outputs, inputs, twice in cases:
         if fits(name, inputs):
             segment, x = blocks(TYPES[name], outputs, inputs), inputs_of(rows, inputs)
-            assert same(NativeLinear(library, (segment,))(x), twin(segment, x)[0]), (name, rows, outputs, inputs)
+            found = NativeLinear(library, (segment,), twice=twice)(x)
+            assert same(found, twin(segment, x, twice)[0]), (name, rows, outputs, inputs, twice)
