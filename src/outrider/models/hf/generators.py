@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from outrider.errors import CapabilityError, ConfigError
 from outrider.files import read_json
@@ -131,7 +131,7 @@ def _janus(whole: HFTarget, tokenizer: Any, folder: Path, size: tuple[int, int] 
     text.set_input_embeddings(nn.Embedding.from_pretrained(table))
     setattr(causal, causal.base_model_prefix, text)
     causal.lm_head = CodeHead(inner.generation_head, len(table) - codes)
-    settings = _settings(folder, model)
+    settings = model.generation_config  # from the folder's generation_config.json, if it has one
     begin = codes + _named(tokenizer, ("boi_token", "<begin_of_image>"), folder)
     bos, pad = (codes + int(getattr(settings, f"{n}_token_id") or 0) for n in ("bos", "pad"))
     free = {t: pad for t in range(codes, len(table)) if t not in (bos, begin)}
@@ -205,8 +205,3 @@ def _asked(tokenizer: Any, description: str) -> list[int]:
     begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     return begin + list(tokenizer.encode(description, add_special_tokens=False))
 
-
-def _settings(folder: Path, model: Any) -> GenerationConfig:
-    """How the checkpoint generates: its generation_config.json, otherwise what the model was built with."""
-    found = (folder / "generation_config.json").is_file()
-    return GenerationConfig.from_pretrained(str(folder)) if found else model.generation_config
