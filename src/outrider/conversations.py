@@ -124,12 +124,47 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+_TRIAL = "a text that no template has"
+
+
+def as_read(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **chosen: Any) -> list[dict[str, Any]]:
+    """Messages as the tokenizer's chat template reads them: texts as they are, or as lists of one typed part where it would drop
+    texts without a word, as templates of models that read images do (Idefics 3, SmolVLM, LLaVA, Janus).
+
+    Which, is found out by a trial with one message. chosen: `chat_template`, if another one than the tokenizer's is used.
+    """
+    found = [dict(message) for message in messages]
+    texts = [message for message in found if isinstance(message.get("content"), str)]
+    if texts and _drops_texts(tokenizer, chosen):
+        for message in texts:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+    return found
+
+
+def _drops_texts(tokenizer: Any, chosen: Mapping[str, Any]) -> bool:
+    """Whether a text is lost that a typed part would show."""
+    if "type" not in str(chosen.get("chat_template") or getattr(tokenizer, "chat_template", "")):
+        return False  # it cannot tell parts from each other
+
+    def shows(content: Any) -> bool:
+        try:
+            return _TRIAL in str(
+                tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, **chosen)
+            )
+        except Exception:  # templates raise what they like
+            return False
+
+    return not shows(_TRIAL) and shows([{"type": "text", "text": _TRIAL}])
+
+
 def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str) -> list[int]:
     """The prompt of a conversation, with the opening of the answer, by the model's own template. Raises ConfigError, which begins
     with `where`, for one that the template refuses."""
     try:
         return list(
-            tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+            tokenizer.apply_chat_template(
+                as_read(tokenizer, messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
         )
     except Exception as error:  # templates are programs of the model's makers and raise what they like
         raise ConfigError(f"{where}: the target's chat template refuses it ({str(error)[:200]})") from None
@@ -139,7 +174,7 @@ def whole_text(tokenizer: Any, conversation: Conversation) -> str:
     """A conversation with its answers, as the template writes it; without the token that begins a text, which encoding adds. Raises
     ValueError for one that the template refuses."""
     try:
-        text = str(tokenizer.apply_chat_template(list(conversation.messages), tokenize=False))
+        text = str(tokenizer.apply_chat_template(as_read(tokenizer, conversation.messages), tokenize=False))
     except Exception as error:  # as above
         raise ValueError(f"the target's chat template refuses it ({str(error)[:200]})") from None
     begin = getattr(tokenizer, "bos_token", None) or getattr(tokenizer, "special", {}).get("bos_token")  # of GGUF files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,20 @@ def test_the_greedy_image_is_transformers_own_plain_and_drafted(folder: Path) ->
         assert drawing.tokens == wanted, draft
         assert other.tokens != wanted
         assert draft == "none" or painter.engine.counts.proposed > 0
+
+
+def test_a_description_goes_through_the_models_chat_template(folder: Path, tmp_path: Path) -> None:
+    """Also one that reads typed parts alone, as Janus' does."""
+    place = Path(shutil.copytree(folder, tmp_path / folder.name))
+    tokenizer = tokenizer_of("janus" if "janus" in folder.name else "emu3")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(place)
+    tokens = load_generator(place, torch.float32, size_of(folder)).prompt(WORDS)
+    text = [t - CODES for t in tokens] if "janus" in folder.name else tokens
+    assert tokenizer.decode(text).startswith(f"<user>{WORDS}")
 
 
 def test_its_pixels_are_those_of_the_models_own_decoder(folder: Path) -> None:

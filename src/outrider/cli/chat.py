@@ -16,6 +16,7 @@ from outrider.cli.engine_options import ENGINE, load_engine
 from outrider.cli.generate import Images
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
+from outrider.conversations import as_read
 from outrider.dialects.formats import FORMATS
 from outrider.dialects.harmony import HarmonyReader
 from outrider.dialects.pieces import Piece
@@ -126,15 +127,17 @@ class Conversation:
         self.images += images
 
     def _render(self, messages: list[dict[str, Any]], **more: Any) -> str:
-        return self.engine.tokenizer.apply_chat_template(messages, tokenize=False, **more)
+        tokenizer = self.engine.tokenizer
+        return tokenizer.apply_chat_template(as_read(tokenizer, messages), tokenize=False, **more)
 
     def _prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation. Raises RequestError for one that the template refuses."""
         if any(not isinstance(message["content"], str) for message in messages):
             return self.engine.images.chat(messages)
+        tokenizer = self.engine.tokenizer
         try:
-            return self.engine.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            return tokenizer.apply_chat_template(
+                as_read(tokenizer, messages), add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except Exception as error:  # templates are programs of the model's makers and raise what they like
             raise RequestError(f"the target's chat template refuses this conversation ({str(error)[:200]})") from None

@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from outrider.conversations import as_read
 from outrider.errors import CapabilityError, OutriderError, RequestError
 from outrider.models.hf.attention_interface import AttentionInterfacePath
 from outrider.models.hf.entry import Entry, entry_of
@@ -106,9 +107,11 @@ class HFImages:
             bare = [{k: v for k, v in part.items() if k != "image"} for part in parts]
             shown.append({**message, **({"content": bare} if parts else {})})
         own = getattr(self.processor, "chat_template", None)
-        given = {"tokenize": False, "add_generation_prompt": True, **({"chat_template": own} if own else {}), **options}
+        chosen = {"chat_template": own} if own else {}
+        given = {"tokenize": False, "add_generation_prompt": True, **chosen, **options}
         try:
-            text = self.processor.tokenizer.apply_chat_template(shown, **given)
+            tokenizer = self.processor.tokenizer
+            text = tokenizer.apply_chat_template(as_read(tokenizer, shown, **chosen), **given)
         except Exception as error:  # templates refuse orders of roles by raising, and are outside code
             raise RequestError(f"the model's chat template refuses these messages ({brief(error)})") from None
         return self.read(text, images)
