@@ -17,7 +17,7 @@ from outrider.assets import chat_prompts_file
 from outrider.conversations import Conversation, conversation_in, whole_text
 from outrider.errors import ConfigError
 from outrider.evaluate.scoring.score import given_text, ready_items
-from outrider.evaluate.workloads import Row, load_prompts, load_rows, plain_texts, questions_of, ready, told
+from outrider.evaluate.workloads import Row, load_prompts, load_rows, questions_of, ready, told
 from outrider.files import read_text
 from outrider.theory.logs import read_log
 from tests.checkpoints import make_tokenizer
@@ -62,10 +62,11 @@ def speaker(tmp_path: Path) -> Any:
     ],
 )  # fmt: skip
 def test_conversations_of_every_kind(row: dict, messages: list, tmp_path: Path) -> None:
-    found = load_prompts(written(tmp_path, row), 9)
+    path = written(tmp_path, row)
+    found = load_prompts(path, 9)
     assert found == [Conversation(tuple(messages))]
     assert load_prompts(written(tmp_path, json.dumps([row, row]), name="rows.json"), 9) == found * 2
-    assert plain_texts(found) == ["\n".join(m["content"] for m in messages)]
+    assert [row.text for row in load_rows(path, 9)] == ["\n".join(m["content"] for m in messages)]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,9 @@ def test_what_comes_through_a_pipe_is_told_by_its_first_line(text: str, prompts:
     os.close(int(pipe.name))
     named = tmp_path / "prompts.txt"
     named.write_text(text, encoding="utf-8")
-    assert load_prompts(named, 9) == [line for line in text.splitlines() if line.strip()], "a name that tells is believed"
+    assert load_prompts(named, 9) == [line for line in text.splitlines() if line.strip()], (
+        "a name that tells is believed"
+    )
 
 
 def test_questions_are_of_the_rows_that_were_read(tmp_path: Path) -> None:
@@ -164,7 +167,9 @@ def test_questions_are_of_the_rows_that_were_read(tmp_path: Path) -> None:
 def test_prompts_are_taken_by_the_template_of_the_target(speaker: Any, tmp_path: Path) -> None:
     path = written(tmp_path, {"messages": [HI, HO, MORE, HO]}, {"prompt": "hi"})
     prompts = load_rows(path, 9)
-    ask = lambda messages: speaker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)  # noqa: E731
+    ask = lambda messages: speaker.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )  # noqa: E731
     found = ready(speaker, path, prompts)
     assert found.ids == [ask([HI, HO, MORE]), ask([HI])]
     assert found.data == {"prompts": str(path), "chat_template": True} and "by the chat template" in told(found.data)
@@ -184,12 +189,16 @@ def test_a_chat_model_is_asked_questions_and_another_is_given_code(speaker: Any)
     speaker.tokenizer.chat_template = None
     assert ready(speaker, None, code).ids == [speaker.encode(row.text) for row in code]
     items, data = ready_items(speaker, None, code)
-    assert [i.prompt for i in items] == [speaker.encode(row.text) for row in code] and data["prompts"] == "the shipped code"
+    assert [i.prompt for i in items] == [speaker.encode(row.text) for row in code] and data[
+        "prompts"
+    ] == "the shipped code"
     assert {i.domain for i in items} != {""}, "the shipped code is reported by folders of the standard library"
 
 
 def test_a_template_that_refuses_is_named_with_its_prompt(speaker: Any, tmp_path: Path) -> None:
-    speaker.tokenizer.chat_template = "{{ raise_exception('no system message') if messages[0].role == 'system' else 'x' }}"
+    speaker.tokenizer.chat_template = (
+        "{{ raise_exception('no system message') if messages[0].role == 'system' else 'x' }}"
+    )
     path = written(tmp_path, {"prompt": "a"}, {"messages": [{"role": "system", "content": "s"}, HI]})
     with pytest.raises(ConfigError, match=r"prompt 2: the target's chat template refuses it \(no system message"):
         ready(speaker, path, load_rows(path, 9))
@@ -205,7 +214,9 @@ def test_a_template_that_refuses_is_named_with_its_prompt(speaker: Any, tmp_path
          "<s>user: hi</s><s>assistant: ho</s><s>user: more</s><s>assistant: ", "ho"),
     ],
 )  # fmt: skip
-def test_a_given_answer_is_read_behind_its_prompt(row: dict, asked: str, answer: str, speaker: Any, tmp_path: Path) -> None:
+def test_a_given_answer_is_read_behind_its_prompt(
+    row: dict, asked: str, answer: str, speaker: Any, tmp_path: Path
+) -> None:
     """By the template it begins where the template ends; without one, prompt and answer are one text, and the answer begins with
     the first token that the prompt alone has not."""
     rows = load_rows(written(tmp_path, row), 9)

@@ -16,7 +16,9 @@ from outrider.train.methods.medusa import Medusa
 from outrider.train.methods.mtp import Mtp
 from outrider.train.slot_losses import objective_named
 
-METHODS: Mapping[str, Method] = {m.name: m for m in (Medusa(), Hydra(), Eagle3(), Eagle1(), Mtp(), DFlash(), DraftModel())}
+METHODS: Mapping[str, Method] = {
+    m.name: m for m in (Medusa(), Hydra(), Eagle3(), Eagle1(), Mtp(), DFlash(), DraftModel())
+}
 """A row for each method, by its name."""
 LABELS = ("distributions", "tokens")
 
