@@ -167,9 +167,10 @@ def test_questions_are_of_the_rows_that_were_read(tmp_path: Path) -> None:
 def test_prompts_are_taken_by_the_template_of_the_target(speaker: Any, tmp_path: Path) -> None:
     path = written(tmp_path, {"messages": [HI, HO, MORE, HO]}, {"prompt": "hi"})
     prompts = load_rows(path, 9)
-    ask = lambda messages: speaker.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False
-    )  # noqa: E731
+
+    def ask(messages: list[dict[str, str]]) -> list[int]:
+        return speaker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
     found = ready(speaker, path, prompts)
     assert found.ids == [ask([HI, HO, MORE]), ask([HI])]
     assert found.data == {"prompts": str(path), "chat_template": True} and "by the chat template" in told(found.data)
