@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from outrider.cli import live_experiment
+from outrider.cli import live_experiment, watch
 from outrider.evaluate import workloads
+from outrider.models.tokenizer import load_tokenizer
 from outrider.options import EngineOptions
-from tests.evaluate.test_workloads import through_a_pipe
+from outrider.params import SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.evaluate.test_workloads import HI, through_a_pipe, written
 
 ROWS = "".join(json.dumps({"prompt": f"def f{i}(x):\n", "question_id": i, "category": "qa"}) + "\n" for i in range(5))
 TURNS = "".join(json.dumps({"turns": [f"def f{i}(x):\n", "# again\n"], "category": "qa"}) + "\n" for i in range(2))
@@ -41,7 +45,9 @@ def test_prompts_come_through_a_pipe_and_are_named(run, argv: tuple) -> None:
         assert row["questions"] == 5 and row["task"] in ("qa", "overall")
 
 
-@pytest.mark.parametrize("argv", [("tree", "--nodes", 2, "--depth", 1), ("plan", "--traffic", "poisson:2", "--requests", 20)])
+@pytest.mark.parametrize(
+    "argv", [("tree", "--nodes", 2, "--depth", 1), ("plan", "--traffic", "poisson:2", "--requests", 20)]
+)
 def test_what_is_printed_names_the_prompts(run, argv: tuple, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(ROWS)
@@ -95,9 +101,26 @@ def test_a_rehearsal_takes_prompts_as_the_experiment_does(
     file.write_text(EXPERIMENT.format(pipe) + "chat_template: false\n")
     name = live_experiment.run_rehearsal(file, str(tmp_path / "a.db"), 6, 3, EngineOptions(length=1), 3)
     os.close(int(pipe.name))
-    assert seen == [(False, False)] and f"prompts: {pipe}, as they stand" in "".join(capsys.readouterr().err.split("\n"))
+    assert seen == [(False, False)] and f"prompts: {pipe}, as they stand" in "".join(
+        capsys.readouterr().err.split("\n")
+    )
     found = live_experiment.document(name, str(tmp_path / "a.db"))
     assert sum(arm["outcomes"].get("length", 0) for arm in found["arms"]) == 6
+
+
+def test_a_watch_that_audits_asks_by_the_template_of_its_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Conversations are sent as the template writes them, and that is said; without a target there are their texts alone."""
+    target, prompts = (
+        make_checkpoint(tmp_path / "target", "llama", tokenizer=True),
+        written(tmp_path, {"messages": [HI]}),
+    )
+    asked = watch.WatchOptions(budget=500, prompts=prompts, target=str(target))
+    _, ids = watch.auditor_of(asked, SamplingParams(), workloads.load_rows(prompts, 9))
+    assert load_tokenizer(target).decode(ids[0]) == "<s>user: hi</s><s>assistant: "
+    assert "rows.jsonl, by the chat template" in "".join(capsys.readouterr().err.split("\n"))
+    assert watch.requests_of(None, replace(asked, target=None)).make.args[1] == ["hi"]
 
 
 @pytest.mark.parametrize(

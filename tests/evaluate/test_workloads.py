@@ -17,7 +17,7 @@ from outrider.assets import chat_prompts_file
 from outrider.conversations import Conversation, conversation_in, whole_text
 from outrider.errors import ConfigError
 from outrider.evaluate.scoring.score import given_text, ready_items
-from outrider.evaluate.workloads import Row, load_prompts, load_rows, plain_texts, questions_of, ready, told
+from outrider.evaluate.workloads import Row, load_prompts, load_rows, questions_of, ready, told
 from outrider.files import read_text
 from outrider.theory.logs import read_log
 from tests.checkpoints import make_tokenizer
@@ -62,10 +62,11 @@ def speaker(tmp_path: Path) -> Any:
     ],
 )  # fmt: skip
 def test_conversations_of_every_kind(row: dict, messages: list, tmp_path: Path) -> None:
-    found = load_prompts(written(tmp_path, row), 9)
+    path = written(tmp_path, row)
+    found = load_prompts(path, 9)
     assert found == [Conversation(tuple(messages))]
     assert load_prompts(written(tmp_path, json.dumps([row, row]), name="rows.json"), 9) == found * 2
-    assert plain_texts(found) == ["\n".join(m["content"] for m in messages)]
+    assert [row.text for row in load_rows(path, 9)] == ["\n".join(m["content"] for m in messages)]
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,6 @@ def questions_of(rows: Sequence[Row]) -> list[Question]:
     ]
 
 
-def plain_texts(prompts: Sequence[Written]) -> list[str]:
-    """Prompts for a server that takes texts alone: of conversations the contents, one per line."""
-    return [p if isinstance(p, str) else p.text for p in prompts]
-
-
 def ready(engine: Any, path: Path | None, rows: Sequence[Row], template: bool = True, *, whole: bool = False) -> Ready:
     """Prompts for an engine's target: by its chat template, where it has one and `template` says so, else as texts.
 
