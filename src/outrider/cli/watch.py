@@ -181,32 +181,35 @@ def print_line(server: Any, reading: dict[str, Any]) -> None:
 
 def requests_of(seen: Any, asked: WatchOptions) -> Any:
     """The requests of the watch, which begin when the server has answered; with --target their texts are audited."""
-    from outrider.evaluate.workloads import load_prompts, plain_texts
+    from outrider.evaluate.workloads import load_rows
     from outrider.integrations.watch.asking import Budget, Later, asking
     from outrider.params import SamplingParams
 
     params = SamplingParams(temperature=1.0, max_tokens=asked.max_tokens)
-    prompts: list[Any] = plain_texts(load_prompts(asked.prompts, 10_000))
-    auditor = None
+    rows = load_rows(asked.prompts, 10_000)
+    auditor, prompts = None, list[Any](row.text for row in rows)
     if asked.target is not None:
-        auditor, prompts = auditor_of(asked, params, prompts)
+        auditor, prompts = auditor_of(asked, params, rows)
     budget = Budget(asked.budget, asked.rate)
     make = partial(asking, seen, prompts, params, budget, auditor, model=asked.model, say=terminal.say)
     return Later(seen, make)
 
 
-def auditor_of(asked: WatchOptions, params: Any, prompts: list[str]) -> tuple[Any, list[list[int]]]:
-    """The auditor, and the tokens of the prompts."""
+def auditor_of(asked: WatchOptions, params: Any, rows: list[Any]) -> tuple[Any, list[list[int]]]:
+    """The auditor, and the tokens of the prompts as its target takes them; which they are is said."""
     from outrider.cli.engine_options import load_engine
     from outrider.evaluate.audit.audit import Auditor
     from outrider.evaluate.audit.findings import AuditOptions
+    from outrider.evaluate.workloads import ready, told
     from outrider.options import EngineOptions
 
     engine: Any = load_engine(EngineOptions(target=asked.target, draft=asked.draft, slots=1))
     models = list(engine.loaded.models.values())
     options = AuditOptions(params, tolerance=asked.tolerance)
     auditor = Auditor(engine.parts.target, models[0][0] if models else None, options, tuple(engine.eos))
-    return auditor, engine.encode_all(prompts)
+    found = ready(engine, asked.prompts, rows)
+    terminal.say(f"prompts: {told(found.data)}")
+    return auditor, found.ids
 
 
 def print_reading(d: dict[str, Any]) -> None:

@@ -12,18 +12,17 @@ import torch
 from outrider.build import Engine
 from outrider.models.load import inspect_checkpoint, load_target
 from outrider.params import SamplingParams
-from outrider.train.corpus import read_corpus
 from outrider.train.distill import Teacher
 from outrider.train.features import Features, hidden_of
 from outrider.train.job import Job
 from outrider.train.loop import slower_norms_unsaid
-from outrider.train.pipeline import engine_of, layers_of, new_model
+from outrider.train.pipeline import documents_of, engine_of, layers_of, new_model
 
 
 def estimate(job: Job) -> dict[str, Any]:
     """The needs of `pipeline.run`: disk and memory in bytes, time in seconds."""
-    documents = read_corpus(list(job.data), pattern=job.pattern, skip_bad=job.skip_bad, report=lambda _: None)
     engine = engine_of(job)
+    documents = documents_of(job, lambda _: None, engine.tokenizer)
     target = engine.parts.target
     layers = layers_of(job, target)
     rows = job.rows + job.held_out

@@ -44,11 +44,15 @@ class Prepared:
         return self.training, self.held_out
 
 
-def texts_of(job: Job, report: Report = print, tokenizer: Any = None) -> dict[str, list[data.Document]]:
-    """The documents of both parts: each once, whole files on one side; a single text is split. Conversations are written
-    by the chat template of `tokenizer`, if it has one."""
+def documents_of(job: Job, report: Report = print, tokenizer: Any = None) -> list[data.Document]:
+    """The texts of a training, each once. Conversations are written by the chat template of `tokenizer`, if it has one."""
     render = partial(whole_text, tokenizer) if has_template(tokenizer) else None
-    documents = read_corpus(list(job.data), pattern=job.pattern, skip_bad=job.skip_bad, render=render, report=report)
+    return read_corpus(list(job.data), pattern=job.pattern, skip_bad=job.skip_bad, render=render, report=report)
+
+
+def texts_of(job: Job, report: Report = print, tokenizer: Any = None) -> dict[str, list[data.Document]]:
+    """The documents of both parts: each once, whole files on one side; a single text is split."""
+    documents = documents_of(job, report, tokenizer)
     training, held_out = data.split(documents)
     if len(documents) == 1:
         training, held_out = ([part] for part in data.halve(documents[0]))
