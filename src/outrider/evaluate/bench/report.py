@@ -18,14 +18,14 @@ NUMBERS = (
 
 def write_html(path: Path, document: dict[str, Any], records: Sequence[Record], figures: Sequence[str] = ()) -> None:
     """The report of a bench run. figures: SVG elements that lead it. Raises ConfigError when the file cannot be written."""
-    arms = document["arms"]
+    arms, repeats, groups = document["arms"], document["repeats"], len({r.group for r in records})
     per_token = [(a["name"], {p: s / max(1, a["tokens"]) * 1e3 for p, s in a["phases"].items()}) for a in arms]
     ratios = [(a["name"], *(a["speedup"][k] for k in ("value", "low", "high"))) for a in arms if a["speedup"]]
     body = [
         *warning(document),
         f"<p>{escaped(document['drafter'])} / {escaped(document['rule'])}, {escaped(document['dtype'])}, "
         f"temperature {document['temperature']:g}, "
-        f"batch {document['batch']}, {document['repeats']} repeats, {len({r.group for r in records})} prompt groups. "
+        f"batch {document['batch']}, {repeats} repeat{'s' * (repeats != 1)}, {groups} prompt group{'s' * (groups != 1)}. "
         f"<code>{escaped(document['command'])}</code></p>",
         *([f"<p>Prompts: {escaped(told(document['data']))}.</p>"] if "data" in document else []),
         *(f"<figure style='margin:1em 0'>{svg}</figure>" for svg in figures),
