@@ -14,7 +14,7 @@ import pytest
 
 from outrider.build import build_engine
 from outrider.drafters.ahead import Ahead
-from outrider.drafters.apart import Apart, Host
+from outrider.drafters.apart import Apart, Host, Lost
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.registry import load_drafter
@@ -92,6 +92,16 @@ def test_a_lost_process_costs_nothing_but_speed(how: str, monkeypatch: pytest.Mo
     assert engine.defects == 0
     assert drafter.pid is None
     assert run(drafter)[0] == plain()[0]
+
+
+def test_a_question_that_is_not_read_is_given_up_too() -> None:
+    """It is larger than what a pipe holds."""
+    one = Host(1.0)
+    os.kill(one.pid, signal.SIGSTOP)
+    with pytest.raises(Lost, match="no answer within 1 s"):
+        one.ask(0, "draft", bytes(1 << 20))
+    with pytest.raises(Lost, match="ended with code -9"):
+        one.ask(0, "draft", None)
 
 
 def test_an_interrupt_leaves_no_answer_for_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:

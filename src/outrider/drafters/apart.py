@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import torch
 
-from outrider.drafters.apart_child import LENGTH, Asked, Sent, on, packed, write
+from outrider.drafters.apart_child import LENGTH, Asked, Sent, on, packed
 from outrider.drafters.combine import keep_within, need_of
 from outrider.errors import CapabilityError
 from outrider.protocols import Drafter
@@ -65,6 +65,7 @@ class Host:
                 "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
             },
         )
+        os.set_blocking(cast(Any, self._process.stdin).fileno(), False)  # a long question is not waited for without end either
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._forgotten: list[int] = []
@@ -94,12 +95,13 @@ class Host:
                 data = packed((number, what, given, forgotten))
             except Exception as error:  # pickle raises many kinds
                 raise Lost(f"{type(error).__name__}: {error}") from None
+            end = time.monotonic() + seconds
             try:
-                write(cast(Any, self._process.stdin), data)
-                well, answer = pickle.loads(self._read(LENGTH.unpack(self._read(LENGTH.size, seconds))[0], seconds))
-            except TimeoutError as error:
+                self._write(data, end)
+                well, answer = pickle.loads(self._read(LENGTH.unpack(self._read(LENGTH.size, end))[0], end))
+            except TimeoutError:
                 self.end()
-                raise Lost(str(error)) from None
+                raise Lost(f"no answer within {seconds:.0f} s") from None
             except (OSError, EOFError, ValueError):
                 self.end()
                 raise Lost(f"it ended with code {self._process.returncode}") from None
@@ -114,17 +116,28 @@ class Host:
         """End the process."""
         _end(self._process)
 
-    def _read(self, count: int, seconds: float) -> bytes:
-        pipe, parts, end = cast(Any, self._process.stdout), bytearray(), time.monotonic() + seconds
+    def _write(self, data: bytes, end: float) -> None:
+        pipe, rest = cast(Any, self._process.stdin), memoryview(data)
+        with selectors.DefaultSelector() as ready:
+            ready.register(pipe, selectors.EVENT_WRITE)
+            while rest := rest[pipe.write(rest) or 0 :]:
+                _wait(ready, end)
+
+    def _read(self, count: int, end: float) -> bytes:
+        pipe, parts = cast(Any, self._process.stdout), bytearray()
         with selectors.DefaultSelector() as ready:
             ready.register(pipe, selectors.EVENT_READ)
             while len(parts) < count:
-                if not ready.select(max(0.0, end - time.monotonic())):
-                    raise TimeoutError(f"no answer within {seconds:.0f} s")
+                _wait(ready, end)
                 if not (part := os.read(pipe.fileno(), count - len(parts))):
                     raise EOFError("it has ended")
                 parts += part
         return bytes(parts)
+
+
+def _wait(ready: selectors.BaseSelector, end: float) -> None:
+    if not ready.select(max(0.0, end - time.monotonic())):
+        raise TimeoutError
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
