@@ -6,6 +6,9 @@ import gc
 import os
 import selectors
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 from outrider.build import build_engine
 from outrider.drafters.ahead import Ahead
 from outrider.drafters.apart import Apart, Host, Lost
+from outrider.drafters.apart_child import packed, write
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.registry import load_drafter
@@ -102,6 +106,20 @@ def test_a_question_that_is_not_read_is_given_up_too() -> None:
         one.ask(0, "draft", bytes(1 << 20))
     with pytest.raises(Lost, match="ended with code -9"):
         one.ask(0, "draft", None)
+
+
+def test_it_ends_with_its_parent_in_the_middle_of_an_answer() -> None:
+    """Of a parent that is killed nothing is left but closed pipes: one that waits for a pass to end waits here for hours."""
+    command = [sys.executable, "-c", "from outrider.drafters.apart_child import main; main()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            write(process.stdin, packed((0, "make", partial(time.sleep, 10_000), [])))  # type: ignore[arg-type]
+            process.stdin.close()
+            process.stdout.close()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def test_an_interrupt_leaves_no_answer_for_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:

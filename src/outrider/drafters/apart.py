@@ -65,7 +65,7 @@ class Host:
                 "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
             },
         )
-        os.set_blocking(cast(Any, self._process.stdin).fileno(), False)  # a long question is not waited for without end either
+        os.set_blocking(cast(Any, self._process.stdin).fileno(), False)  # `_write` waits, with an end
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._forgotten: list[int] = []
