@@ -74,9 +74,10 @@ def test_attributes_and_memory_are_the_drafters() -> None:
 
 @pytest.mark.parametrize("how", ["killed", "failing", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_lost_process_costs_nothing_but_speed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of texts. It is said once, no text differs, and no step goes without drafts."""
-    where = host() if how == "failing" else Host(2.0 if how == "stopped" else 60.0)
+    """In the middle of texts. It is said once, no text differs, no step goes without drafts, and no process is left."""
+    where = Host(2.0 if how == "stopped" else 60.0)
     drafter = beside(partial(Failing, draft_model(), LENGTH) if how == "failing" else MAKERS["ahead"], where)
+    del where
     pid, steps, draft = drafter.pid, 0, drafter.draft
     assert pid is not None
 
@@ -95,6 +96,8 @@ def test_a_lost_process_costs_nothing_but_speed(how: str, monkeypatch: pytest.Mo
     assert len(engine.notices) == 1
     assert engine.defects == 0
     assert drafter.pid is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
     assert run(drafter)[0] == plain()[0]
 
 
