@@ -149,6 +149,9 @@ def test_what_cannot_be_made_there_is_refused_by_name() -> None:
         load_drafter("apart:early:1", target=LEAN, length=3)
     with pytest.raises(ConfigError, match="takes no prefix: write 'ngram', got 'apart:ngram'"):
         load_drafter("apart:ngram", target=LEAN, length=3)
+    for spec in ("ahead:4:apart:PATH", "greedy:apart:PATH", "apart:greedy:ahead:4:PATH", "apart:apart:PATH"):
+        with pytest.raises(ConfigError, match="stand first, in this order, as in 'apart:ahead:4:greedy:PATH'"):
+            load_drafter(spec, target=LEAN, length=3)
 
 
 @pytest.mark.parametrize("spec", ["apart:ahead:4:{}", pytest.param("apart:greedy:{}", marks=pytest.mark.slow)])
