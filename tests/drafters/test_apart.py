@@ -6,6 +6,9 @@ import gc
 import os
 import selectors
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -14,7 +17,8 @@ import pytest
 
 from outrider.build import build_engine
 from outrider.drafters.ahead import Ahead
-from outrider.drafters.apart import Apart, Host
+from outrider.drafters.apart import Apart, Host, Lost
+from outrider.drafters.apart_child import packed, write
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.registry import load_drafter
@@ -70,9 +74,10 @@ def test_attributes_and_memory_are_the_drafters() -> None:
 
 @pytest.mark.parametrize("how", ["killed", "failing", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_lost_process_costs_nothing_but_speed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of texts. It is said once, no text differs, and no step goes without drafts."""
-    where = host() if how == "failing" else Host(2.0 if how == "stopped" else 60.0)
+    """In the middle of texts. It is said once, no text differs, no step goes without drafts, and no process is left."""
+    where = Host(2.0 if how == "stopped" else 60.0)
     drafter = beside(partial(Failing, draft_model(), LENGTH) if how == "failing" else MAKERS["ahead"], where)
+    del where
     pid, steps, draft = drafter.pid, 0, drafter.draft
     assert pid is not None
 
@@ -91,7 +96,33 @@ def test_a_lost_process_costs_nothing_but_speed(how: str, monkeypatch: pytest.Mo
     assert len(engine.notices) == 1
     assert engine.defects == 0
     assert drafter.pid is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
     assert run(drafter)[0] == plain()[0]
+
+
+def test_a_question_that_is_not_read_is_given_up_too() -> None:
+    """It is larger than what a pipe holds."""
+    one = Host(1.0)
+    os.kill(one.pid, signal.SIGSTOP)
+    with pytest.raises(Lost, match="no answer within 1 s"):
+        one.ask(0, "draft", bytes(1 << 20))
+    with pytest.raises(Lost, match="ended with code -9"):
+        one.ask(0, "draft", None)
+
+
+def test_it_ends_with_its_parent_in_the_middle_of_an_answer() -> None:
+    """Of a parent that is killed nothing is left but closed pipes: one that waits for a pass to end waits here for hours."""
+    command = [sys.executable, "-c", "from outrider.drafters.apart_child import main; main()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            write(process.stdin, packed((0, "make", partial(time.sleep, 10_000), [])))  # type: ignore[arg-type]
+            process.stdin.close()
+            process.stdout.close()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def test_an_interrupt_leaves_no_answer_for_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +149,9 @@ def test_what_cannot_be_made_there_is_refused_by_name() -> None:
         load_drafter("apart:early:1", target=LEAN, length=3)
     with pytest.raises(ConfigError, match="takes no prefix: write 'ngram', got 'apart:ngram'"):
         load_drafter("apart:ngram", target=LEAN, length=3)
+    for spec in ("ahead:4:apart:PATH", "greedy:apart:PATH", "apart:greedy:ahead:4:PATH", "apart:apart:PATH"):
+        with pytest.raises(ConfigError, match="stand first, in this order, as in 'apart:ahead:4:greedy:PATH'"):
+            load_drafter(spec, target=LEAN, length=3)
 
 
 @pytest.mark.parametrize("spec", ["apart:ahead:4:{}", pytest.param("apart:greedy:{}", marks=pytest.mark.slow)])

@@ -191,3 +191,23 @@ def test_a_compiler_that_nobody_waits_for_ends_with_what_it_started(tmp_path: Pa
             return
         time.sleep(0.02)
     raise AssertionError("the worker still runs")
+
+
+def test_what_a_compiler_says_in_another_encoding_is_passed_on(tmp_path: Path) -> None:
+    driver = tmp_path / "compiler"
+    driver.write_bytes(b"#!/bin/sh\necho 'error: caf\xe9' >&2\nexit 1\n")
+    driver.chmod(0o700)
+    with pytest.raises(compiled.BuildError, match="failed .error: caf\ufffd"):
+        compiled.compile_unit(DECODER, [str(driver)], [], tmp_path / "unit.so")
+
+
+def test_an_interrupt_behind_the_end_of_a_compiler_stays_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = compiled.subprocess.Popen.communicate
+
+    def interrupted(self, *given, **named):
+        real(self, *given, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiled.subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compiled.compile_unit(DECODER, ["true"], [], tmp_path / "unit.so")

@@ -65,7 +65,7 @@ class Host:
                 "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
             },
         )
-        os.set_blocking(cast(Any, self._process.stdin).fileno(), False)  # a long question is not waited for without end either
+        os.set_blocking(cast(Any, self._process.stdin).fileno(), False)  # `_write` waits, with an end
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._forgotten: list[int] = []
@@ -157,9 +157,9 @@ class Apart:
     """
 
     def __init__(self, make: Callable[[], Drafter], instead: Drafter, host: Host | None = None) -> None:
-        self._host = Host() if host is None else host
+        there = self._host = Host() if host is None else host  # None: lost
         try:
-            self._number, own = self._host.make(make)
+            self._number, own = there.make(make)
         except Lost as lost:
             raise CapabilityError(
                 f"this drafter could not be made in a process of its own ({lost}): drop 'apart:'"
@@ -169,14 +169,13 @@ class Apart:
                 f"{own['name']!r} reads hidden states, or drafts {own['max_depth']} levels where its stand-in drafts "
                 f"{instead.max_depth}: it cannot draft in a process of its own"
             )
-        weakref.finalize(self, self._host.forget, self._number)
+        self._forget = weakref.finalize(self, there.forget, self._number)
         self.name = f"apart:{own['name']}"
         self.layers: tuple[int, ...] = ()
         self.max_nodes, self.max_depth = own["max_nodes"], own["max_depth"]
         self.trees, self.keyed = own["trees"], own["keyed"]
         self.instead = instead
         self.notices: list[str] = []
-        self._lost = False
         self._bound: tuple[int, int] | None = None
         self._within: int | None = None
         self._released: list[int] = []
@@ -188,17 +187,17 @@ class Apart:
     @property
     def pid(self) -> int | None:
         """The process's number; None when it is lost."""
-        return None if self._lost else self._host.pid
+        return None if self._host is None else self._host.pid
 
     def bind(self, slots: int, length: int) -> None:
         """Bind the drafter there."""
-        if self._lost:
-            self._bind_instead(slots, length)
-            return
-        if self._within is not None:
-            self._ask("keep_within", self._within)
         self._bound = slots, length
-        self._ask("bind", (slots, length))
+        if self._host is None:
+            self._bind_instead(slots, length)
+        if self._host is not None and self._within is not None:
+            self._ask("keep_within", self._within)
+        if self._host is not None:
+            self._ask("bind", (slots, length))
 
     def _bind_instead(self, slots: int, length: int) -> None:
         if self._within is not None:
@@ -207,7 +206,7 @@ class Apart:
 
     def cache_need(self, slots: int, length: int) -> CacheNeed:
         """Of the drafter there: on one machine it counts as one here does."""
-        found = None if self._lost else self._ask("cache_need", (slots, length))
+        found = self._ask("cache_need", (slots, length))
         return found if isinstance(found, CacheNeed) else need_of(slots, length, self.instead)
 
     def keep_within(self, tokens: int) -> None:
@@ -216,15 +215,16 @@ class Apart:
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots: said with the next step, so that nobody waits for it."""
+        if self._host is None:
+            self.instead.release(slots)
+            return
         self._released += slots
         for slot in slots:
             self._known.pop(slot, None)
-        if self._lost:
-            self.instead.release(slots)
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
         """What the drafter there proposes; where it is lost, what the one here does."""
-        found = None if self._lost else self._ask("draft", self._asked(evidence, budget))
+        found = None if self._host is None else self._ask("draft", self._asked(evidence, budget))
         if found is None:
             return self.instead.draft(evidence, budget)
         trees, q, notices = cast(tuple[list[tuple[list[int], list[int]]], Proposal | None, list[str]], found)
@@ -234,17 +234,20 @@ class Apart:
         return Draft.join(trees, q and on(q, device), device)
 
     def _ask(self, what: str, given: object) -> object | None:
-        """The answer; None, with a notice and the drafter here bound in its place, where the process is lost."""
+        """The answer; None where the process is lost: when that happens it is told, and the drafter here is bound in its place."""
+        if self._host is None:
+            return None
         try:
             return self._host.ask(self._number, what, given)
         except Lost as lost:
-            self._lost = True
             said = (
                 f"drafts are no longer made in a process of their own, since that failed ({lost}): they are made here"
             )
             logger.warning("%s", said)
             self.notices = [said]
-            self._host.forget(self._number)
+            self._forget()
+            self._host = None  # a process that keeps nothing else ends
+            self._known, self._released = {}, []
             if self._bound is not None:
                 self._bind_instead(*self._bound)
             return None

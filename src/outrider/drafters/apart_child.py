@@ -1,4 +1,5 @@
-"""The process in which `apart.Host` keeps drafters. It ends when its parent's end of the pipe is closed, however that happens.
+"""The process in which `apart.Host` keeps drafters. It ends when its parent's ends of the pipes are closed, however that happens,
+whatever it is doing.
 
 Messages are pickles over its standard streams, each after its length: both ends are this program. What libraries print goes to
 stderr.
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
@@ -127,6 +130,8 @@ def main() -> None:
     """Do what is asked for ever: the number of a drafter, what to do, with what, and the numbers of drafters to forget."""
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a library that asks something must not read a question
+    threading.Thread(target=_end_with, args=(answers.fileno(),), name="outrider-parent", daemon=True).start()
     residents: dict[int, Resident] = {}
     while len(head := questions.read(LENGTH.size)) == LENGTH.size:
         try:
@@ -135,6 +140,14 @@ def main() -> None:
             found = False, f"{type(error).__name__}: {error}"[:300]
         write(answers, packed(found))
     os._exit(0)  # a thread may still be preparing drafts that nobody will ask for
+
+
+def _end_with(answers: int) -> None:
+    """End when nobody can read answers any more, also in the middle of one that takes long or never comes."""
+    reader = select.poll()
+    reader.register(answers, 0)  # a pipe that has lost its reader is told of in any case
+    reader.poll()
+    os._exit(0)
 
 
 def _do(residents: dict[int, Resident], number: int, what: str, given: Any, forgotten: list[int]) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from outrider.drafters.tree.gain import LEAST, ByGain, Dynamic
 from outrider.drafters.tree.growth import Growth, Levels, Sample, Siblings
@@ -28,7 +29,7 @@ class DraftSpec:
 
     path: the rest, which names the drafter. sample, siblings, shape: see `growth.Levels`. dynamic: nodes of a tree that is rebuilt
     in every step, and the number of children considered per node; its depth is the shape's. stop: tokens that a further level of a
-    chain must be expected to bring, see `gain.ByGain`.
+    chain must be expected to bring, see `gain.ByGain`. Raises ConfigError for a prefix that should have stood before this one.
     """
 
     path: str
@@ -37,6 +38,12 @@ class DraftSpec:
     shape: Shape
     dynamic: tuple[int, int] | None = None
     stop: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.path.startswith(("apart:", "ahead:")) and not Path(self.path).exists():
+            raise ConfigError(
+                f"'apart:' and 'ahead:' stand first, in this order, as in 'apart:ahead:4:greedy:PATH': move {self.path!r} there"
+            )
 
     def growth(self, vocab_size: int) -> Growth:
         """How drafts over `vocab_size` tokens grow."""

@@ -248,7 +248,9 @@ def compile_unit(
 
     link: further flags of the linker. patience: seconds for each of both.
     """
-    waiting.info("compiling the native library '%s', once on this machine: the next start does not wait for it", unit.name)
+    waiting.info(
+        "compiling the native library '%s', once on this machine: the next start does not wait for it", unit.name
+    )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         part, made = Path(name) / "unit.o", Path(name) / "unit.so"
@@ -265,11 +267,14 @@ def _run(command: list[str], patience: float = TIMEOUT) -> subprocess.CompletedP
     """Run a compiler in a process group of its own: where nobody waits for it any longer, what it has started ends with it."""
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     try:
-        with subprocess.Popen(command, stdin=nothing, stdout=pipe, stderr=pipe, text=True, process_group=0) as running:
+        with subprocess.Popen(
+            command, stdin=nothing, stdout=pipe, stderr=pipe, text=True, errors="replace", process_group=0
+        ) as running:
             try:
                 said = running.communicate(timeout=patience)
             except BaseException:  # an interruption, too
-                os.killpg(running.pid, signal.SIGKILL)
+                if running.returncode is None:  # otherwise the number is no longer its own
+                    os.killpg(running.pid, signal.SIGKILL)
                 raise
         return subprocess.CompletedProcess(command, running.returncode, *said)
     except subprocess.TimeoutExpired:

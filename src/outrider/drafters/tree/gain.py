@@ -74,41 +74,18 @@ class ByGain:
     ) -> None:
         """See `Growth.grow`."""
         beliefs = self._learn(evidence)
-        if not self._in_one_call(evidence, depths, forest, logits, follow, beliefs):
-            self._by_level(evidence, depths, forest, logits, follow, beliefs)
-        for i, depth in enumerate(depths):
-            if depth:
-                beliefs[i].tokens = tuple(forest.tokens[i])
-
-    def _in_one_call(
-        self,
-        evidence: Evidence,
-        depths: Sequence[int],
-        forest: Forest,
-        logits: Float[Tensor, "n W"],
-        follow: NextLogits,
-        beliefs: list[Belief],
-    ) -> bool:
-        """Chains in compiled code, where that applies."""
-        if self.trees or logits.shape[-1] != self.vocab_size:
-            return False
-        most, drawn = min(self.depth, self.nodes), self.drawing.sample == "sampled"
-        stopping = chain.Stopping(self.least, beliefs)
-        return chain.grow(evidence, [min(d, most) for d in depths], forest, logits, follow, drawn, stopping)
-
-    def _by_level(
-        self,
-        evidence: Evidence,
-        depths: Sequence[int],
-        forest: Forest,
-        logits: Float[Tensor, "n W"],
-        follow: NextLogits,
-        beliefs: list[Belief],
-    ) -> None:
-        chance: dict[int, list[float]] = {i: [] for i, d in enumerate(depths) if d}  # by node
-        frontier, free = [(i, -1) for i in chance], isinstance(follow, LevelLogits)
-        kinds = [self.drawing.kind(v.params) for v in evidence.sequences]
+        together = False
+        if not self.trees and logits.shape[-1] == self.vocab_size:
+            tokens, drawn = [min(d, self.depth, self.nodes) for d in depths], self.drawing.sample == "sampled"
+            together = chain.grow(evidence, tokens, forest, logits, follow, drawn, chain.Stopping(self.least, beliefs))
+        frontier = [] if together else [(i, -1) for i, d in enumerate(depths) if d]
+        chance: dict[int, list[float]] = {i: [] for i, _ in frontier}  # by node
+        free, kinds = isinstance(follow, LevelLogits), [self.drawing.kind(v.params) for v in evidence.sequences]
         for depth in range(1, self.depth + 1):
+            if not frontier:
+                break
+            if depth > 1:
+                logits = follow(frontier)
             level = Level(evidence, forest, depth, self.width, [(i, k, 0) for i, k in frontier], kinds)
             offers = self._offers(level, to_vocabulary(logits, self.vocab_size), beliefs)
             frontier = [
@@ -116,9 +93,9 @@ class ByGain:
                 for i, own in chance.items()
                 for node in self._extend(i, level, offers.get(i, []), own, depths[i], beliefs[i], free)
             ]
-            if not frontier:
-                break
-            logits = follow(frontier)
+        for i, depth in enumerate(depths):
+            if depth:
+                beliefs[i].tokens = tuple(forest.tokens[i])
 
     def forget(self, slots: Sequence[int]) -> None:
         """See `Growth.forget`."""
