@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from outrider.conversations import as_read
 from outrider.errors import CapabilityError, ConfigError
 from outrider.files import read_json
+from outrider.models.config import CONFIG, CONFIG_BYTES
 from outrider.models.framed import Frame
 from outrider.models.hf.state import brief
 from outrider.models.hf.target import HFTarget
@@ -67,8 +68,8 @@ class CodeHead(nn.Module):
 
 def kind_of(folder: Path) -> str:
     """The `model_type` of a folder; "" if it has none."""
-    path = folder / "config.json"
-    return str(read_json(path, _LIMIT).get("model_type", "")) if path.is_file() else ""
+    path = folder / CONFIG
+    return str(read_json(path, CONFIG_BYTES).get("model_type", "")) if path.is_file() else ""
 
 
 def load_generator(
