@@ -213,8 +213,10 @@ def test_what_it_cannot_do_is_said_in_one_sentence(folder: Path, tmp_path: Path)
         with pytest.raises(ConfigError, match="does not fit"):
             load_painter(folder, "none", length=0, size=(40, 40))
         painter = painter_of(folder)
-        with pytest.raises(RequestError, match="no image begins"):
-            painter.engine.generate([[1, 2, 3]])
+        for _ in range(2):  # also in a slot in which an image has begun before
+            with pytest.raises(RequestError, match="no image begins"):
+                painter.engine.generate([[1, 2, 3]])
+            painter.draw([(WORDS, 1)])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "chameleon"}))
     with pytest.raises(ConfigError, match="no model that writes images: it needs a raster.json .*emu3, janus"):
         load_generator(tmp_path)
