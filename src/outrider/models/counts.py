@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from torch.nn.modules.module import (
@@ -59,12 +60,15 @@ class TooMany(Exception):
 def bounded(folder: Path) -> Iterator[None]:
     """Context in which no more than MOST_MODULES modules and weights are put together. Raises ConfigError for more.
 
-    Whatever name a family has for the number that it loops over, each round of such a loop makes modules or weights.
+    Whatever name a family has for the number that it loops over, each round of such a loop makes modules or weights. What other
+    threads build meanwhile is theirs.
     """
-    count = 0
+    count, mine = 0, get_ident()
 
     def one(*_: object) -> None:
         nonlocal count
+        if get_ident() != mine:
+            return
         count += 1
         if count > MOST_MODULES:
             raise TooMany
