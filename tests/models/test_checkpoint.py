@@ -262,7 +262,7 @@ HOSTILE = {
     "configuration that is no JSON": (_write("config.json", "{"), "cannot be read as JSON"),
     "configuration that is a list": (_write("config.json", "[]"), "JSON object"),
     "deeply nested configuration": (_write("config.json", "[" * 200_000), "cannot be read as JSON"),
-    "configuration of ten gigabytes": (_big_config, "larger than 4 MiB"),
+    "configuration of ten gigabytes": (_big_config, "larger than 16 MiB"),
     "index that leaves the folder": (_index("../part.safetensors"), "no safetensors file of this folder"),
     "index with an absolute path": (_index("/etc/passwd"), "no safetensors file of this folder"),
     "index to a pickle": (_index("pytorch_model.bin"), "no safetensors file of this folder"),

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoConfig
 
 from benchmarks.model_table import OWN, shrink
 from outrider.errors import ConfigError
+from outrider.models import counts
 from outrider.models.admit import admit
 from outrider.models.counts import MOST_LAYERS, MOST_MODULES, MOST_PARTS, bounded, check_counts
 
@@ -164,3 +166,10 @@ def test_each_ends_within_200_mb_and_a_second_of_the_processor(tmp_path: Path) -
     assert len(said) == len(HOSTILE)
     assert all("\n" not in sentence and len(sentence) < 300 for sentence, _ in said)
     assert max(seconds for _, seconds in said) < 1.0
+
+
+def test_what_another_thread_builds_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts, "MOST_MODULES", 3)
+    with bounded(tmp_path), ThreadPoolExecutor(1) as other:
+        assert len(other.submit(lambda: nn.ModuleList(nn.Identity() for _ in range(9))).result()) == 9
+        nn.Linear(2, 2)

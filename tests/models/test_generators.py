@@ -24,8 +24,10 @@ from transformers import (
 from outrider.cli import main
 from outrider.errors import ConfigError, RequestError
 from outrider.evaluate.images import Painter, load_painter
+from outrider.models.config import read_raw_config
+from outrider.models.counts import check_counts
 from outrider.models.framed import NEVER
-from outrider.models.hf.generators import load_generator
+from outrider.models.hf.generators import CLIP, _pixels, kind_of, load_generator
 
 SIDE, CODES = 4, 24
 BYTES = 256
@@ -211,11 +213,26 @@ def test_what_it_cannot_do_is_said_in_one_sentence(folder: Path, tmp_path: Path)
         with pytest.raises(ConfigError, match="does not fit"):
             load_painter(folder, "none", length=0, size=(40, 40))
         painter = painter_of(folder)
-        with pytest.raises(RequestError, match="no image begins"):
-            painter.engine.generate([[1, 2, 3]])
+        for _ in range(2):  # also in a slot in which an image has begun before
+            with pytest.raises(RequestError, match="no image begins"):
+                painter.engine.generate([[1, 2, 3]])
+            painter.draw([(WORDS, 1)])
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_std": [0.5, "half"]}))
+    with pytest.raises(ConfigError, match="image_std must be a number or three"):
+        _pixels(tmp_path, CLIP, torch.zeros(2, 2, 3))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "chameleon"}))
     with pytest.raises(ConfigError, match="no model that writes images: it needs a raster.json .*emu3, janus"):
         load_generator(tmp_path)
+
+
+def test_a_configuration_that_holds_a_vocabulary_is_read(tmp_path: Path) -> None:
+    """Emu3's has all 184,622 tokens, some of them words for counts of parts."""
+    tokens = [*(f"token{i}" for i in range(151_854)), *(f"<|visual token {i:06d}|>" for i in range(32_768))]
+    raw = {"model_type": "emu3", "vocabulary_map": {token: i for i, token in enumerate(tokens)} | {"heads": 35_810}}
+    (tmp_path / "config.json").write_text(json.dumps(raw, indent=2))
+    assert kind_of(tmp_path) == "emu3"
+    assert read_raw_config(tmp_path) == raw
+    check_counts(tmp_path, raw)
 
 
 def test_the_command_draws_them_and_names_the_option_that_is_missing(

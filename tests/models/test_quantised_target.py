@@ -126,8 +126,10 @@ def test_inputs_of_16_bits_are_nearer_to_the_values() -> None:
     assert 1e-3 < moved(False) < 0.1 and moved(True) < moved(False) / 100
 
 
-def test_the_option_of_16_bits(tmp_path: Path) -> None:
-    """For files and rounded weights; refused where nothing is rounded, and for other numbers."""
+def test_the_option_of_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For files and rounded weights, and said; refused where nothing is rounded, and for other numbers."""
+    (tmp_path / "whole").mkdir()
+    _, whole = make_pair(tmp_path / "whole", "llama", "f32", hidden_size=64, intermediate_size=96)
     source, file = make_pair(tmp_path, "llama", "q8_0", hidden_size=64, intermediate_size=96)
     for path, quantize in ((file, None), (source, "q8_0")):
         fine = load_target(path, dtype="float32", quantize=quantize, input_bits=16)
@@ -137,10 +139,16 @@ def test_the_option_of_16_bits(tmp_path: Path) -> None:
             for t in (fine, plain)
         )
         assert not torch.equal(a, b)
+        assert any("to 16 bits" in notice for notice in fine.notices)
+        assert not any("bits" in notice for notice in plain.notices)
+    with pytest.raises(ConfigError, match="input_bits 16 is for weights in blocks"):
+        load_target(whole, input_bits=16)
     with pytest.raises(ConfigError, match="input_bits 16 is for weights in blocks"):
         load_target(source, input_bits=16)
     with pytest.raises(ConfigError, match="input_bits must be 8 or 16"):
         build_engine(str(file), draft="none", input_bits=12)
+    monkeypatch.setenv("OUTRIDER_NATIVE", "0")
+    assert any("changes nothing here" in notice for notice in load_target(file, input_bits=16).notices)
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k"])

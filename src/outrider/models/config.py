@@ -20,8 +20,8 @@ from outrider.models.families import FAMILIES, Family, Unsupported
 from outrider.models.rotary import turns_of
 
 CONFIG = "config.json"
-CONFIG_BYTES = 4 << 20
-"""Largest config.json that is read; real ones have a few kilobytes."""
+CONFIG_BYTES = 16 << 20
+"""Largest config.json that is read; real ones have a few kilobytes, and Emu3's has its vocabulary: 184,622 tokens."""
 MOST_LAYERS = 1024
 SINKS = "self_attn.sinks"
 OWN_CODE = {"mimo": "qwen2"}

@@ -83,6 +83,8 @@ class Framed:
             return self._codes[None]
         begins = self._begin.setdefault(kv, {})
         for s in rows.segments:
+            if s.cached == 0:  # another text than the one that had the slot before
+                begins.pop(s.slot, None)
             places = (rows.token[s.first : s.first + s.fed] == frame.begin).nonzero()
             if len(places):
                 begins[s.slot] = int(rows.position[s.first + int(places[-1])]) + 1

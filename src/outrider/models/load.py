@@ -25,7 +25,7 @@ from outrider.models.gguf.parts import is_gguf
 from outrider.models.lean import LeanTarget
 from outrider.models.native.runtime import library_for
 from outrider.models.places import check_numbers
-from outrider.models.quantised import block_type, quantised_target
+from outrider.models.quantised import block_type, input_notices, quantised_target
 from outrider.models.reading import Progress
 from outrider.models.tokenizer import (
     find_tokenizer,
@@ -103,7 +103,8 @@ def load_target(
     if input_bits not in options.INPUT_BITS:
         raise ConfigError(f"input_bits must be one of {options.INPUT_BITS}, got {input_bits!r}")
     twice = input_bits > 8
-    if twice and quantize is None and not isinstance(found, GgufCheckpoint):
+    blocks = isinstance(found, GgufCheckpoint) and found.blocks
+    if twice and quantize is None and not blocks:
         raise ConfigError(
             f"input_bits {input_bits} is for weights in blocks, and those of {folder} are plain: leave it out"
         )
@@ -120,6 +121,7 @@ def load_target(
         target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role))
     target = target.storing(kv_dtype)
     told = found.notice(chosen)
+    told += input_notices(target.native is not None) if twice else ()
     target.notices += (*told, *dtype_notices(folder, chosen, where, target.native is not None))
     return target
 

@@ -57,6 +57,11 @@ class GgufCheckpoint:
         return sum(self._tensors[name].numbers for name in self._expected())
 
     @property
+    def blocks(self) -> bool:
+        """Whether any of its weights are in blocks, whose products round their inputs."""
+        return any(not self._tensors[name].block.plain for name in self._expected())
+
+    @property
     def packed_bytes(self) -> int:
         """Bytes of `packed` weights in the native decoder: as they are stored, float32 where that type has no products."""
         found = (self._tensors[name] for name in self._expected())

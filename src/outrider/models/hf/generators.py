@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from outrider.conversations import as_read
 from outrider.errors import CapabilityError, ConfigError
 from outrider.files import read_json
+from outrider.models.config import CONFIG, CONFIG_BYTES
 from outrider.models.framed import Frame
 from outrider.models.hf.state import brief
 from outrider.models.hf.target import HFTarget
@@ -67,8 +68,8 @@ class CodeHead(nn.Module):
 
 def kind_of(folder: Path) -> str:
     """The `model_type` of a folder; "" if it has none."""
-    path = folder / "config.json"
-    return str(read_json(path, _LIMIT).get("model_type", "")) if path.is_file() else ""
+    path = folder / CONFIG
+    return str(read_json(path, CONFIG_BYTES).get("model_type", "")) if path.is_file() else ""
 
 
 def load_generator(
@@ -106,10 +107,13 @@ def _pixels(folder: Path, default: tuple[list[float], list[float]], colours: Flo
     """Pixels 0 to 255 of what a decoder has made, which is normalised as the folder's processor normalises pixels."""
     path = folder / "preprocessor_config.json"
     said = read_json(path, _LIMIT) if path.is_file() else {}
-    mean, std = (
-        torch.tensor(np.broadcast_to(said.get(name) or value, 3).astype(np.float32))
-        for name, value in (("image_mean", default[0]), ("image_std", default[1]))
-    )
+    try:
+        mean, std = (
+            torch.tensor(np.broadcast_to(said.get(name) or value, 3).astype(np.float32))
+            for name, value in (("image_mean", default[0]), ("image_std", default[1]))
+        )
+    except (ValueError, TypeError):
+        raise ConfigError(f"{path}: image_mean and image_std must be a number or three: download it again") from None
     return ((colours.float().cpu() * std + mean) * 255.0).round().clamp(0, 255).to(torch.uint8).numpy()
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from outrider.errors import CapabilityError
-from outrider.models.hf.direct import look_up
+from outrider.models.hf.direct import call_directly
 
 
 def find_blocks(model: PreTrainedModel, layers: int, inputs: Tensor) -> tuple[nn.Module, nn.ModuleList] | None:
@@ -157,6 +157,6 @@ def head_only_model(model: PreTrainedModel, owner: nn.Module, steps: Sequence[nn
     ):  # shallow copies from the owner up to the model, so that the original is not changed
         outer = copy.copy(model.get_submodule(".".join(path[:depth])))
         outer._modules = {**outer._modules, path[depth]: part}
-        look_up(outer)
         part = outer
+    call_directly(part)  # copies are not
     return cast(PreTrainedModel, part)

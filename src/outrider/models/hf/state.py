@@ -102,9 +102,12 @@ def keeping(model: PreTrainedModel, state: bool) -> dict[str, bool]:
     return {"use_cache": state} if takes else {}
 
 
-def named_rows(scored: Choice | None) -> dict[str, Choice]:
-    """The arguments to compute the logits of these rows alone, if it can (`scores_rows`); None: of all."""
-    return {} if scored is None else {_ROWS: scored}
+def named_rows(scored: Choice | None) -> dict[str, Tensor | slice]:
+    """The arguments to compute the logits of these rows alone, if it can (`scores_rows`); None: of all.
+
+    The last ones are a slice: a number is how `generate` asks, and by that Gemma 4 leaves other rows out of its last layers too.
+    """
+    return {} if scored is None else {_ROWS: slice(-scored, None) if isinstance(scored, int) else scored}
 
 
 @torch.no_grad()
