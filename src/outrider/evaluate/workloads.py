@@ -168,9 +168,22 @@ def _row(fields: Any, where: str) -> Row:
     try:
         answer, turns = answer_in(fields), _turns(fields)
         prompt = _prompt(fields, turns)
+        row = Row(prompt, answer, turns[1:], fields)
+        if row.turns and prompt != turns[0]:
+            raise ValueError("its `prompt` is not the first of its `turns`: leave out one of them")
+        _check_characters(row)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
-    return Row(prompt, answer, turns[1:] if turns[:1] == (prompt,) else (), fields)
+    return row
+
+
+def _check_characters(row: Row) -> None:
+    """Raise ValueError for half a surrogate pair: a later turn would else be refused in the middle of a run."""
+    try:
+        "".join((row.text, row.answer or "", *row.turns)).encode()
+    except UnicodeEncodeError:
+        why = "half a surrogate pair (one of \\ud800 to \\udfff alone), which is no character: leave it out"
+        raise ValueError(f"it has {why}") from None
 
 
 def _turns(fields: dict[str, Any]) -> tuple[str, ...]:
@@ -178,7 +191,7 @@ def _turns(fields: dict[str, Any]) -> tuple[str, ...]:
     if not isinstance(found, list) or not found:
         return ()
     if not all(isinstance(turn, str) and turn for turn in found):
-        raise ValueError("its `turns` are not all texts")
+        raise ValueError("its `turns` are not all texts, or one is empty")
     return tuple(found)
 
 
