@@ -16,7 +16,8 @@ from outrider.nn import compiled
 class Compiler:
     """A process of a compiler that writes what it was asked for, or never ends."""
 
-    pid, returncode = 4242, 0
+    pid = 4242
+    returncode: int | None = None
     given: ClassVar[list[float]] = []
     ends: ClassVar[bool] = True
 
@@ -33,6 +34,7 @@ class Compiler:
         if not self.ends:
             raise subprocess.TimeoutExpired(self.command, timeout)
         Path(self.command[self.command.index("-o") + 1]).write_bytes(b"")
+        self.returncode = 0
         return "", ""
 
 

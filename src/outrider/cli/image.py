@@ -32,10 +32,17 @@ def image(options: EngineOptions, asked: ImageOptions, sampling: Any, json: Json
     A model of transformers that writes images: outrider image --target JANUS --prompt "a red boat" --count 1
     """
     from outrider.assets import shipped_images
-    from outrider.evaluate.images import load_painter
+    from outrider.evaluate.images import load_painter, takes_descriptions
     from outrider.evaluate.png import check_size, enlarged, grid, png
     from outrider.files import write_whole
 
+    described = asked.target is not None and takes_descriptions(asked.target)
+    if described and (asked.prompt is None or asked.kind is not None):
+        raise ConfigError(
+            "this model writes images from a description: say what to draw with --prompt, without --class"
+        )
+    if asked.prompt is not None and not described:
+        raise ConfigError("this model draws classes, not descriptions: use --class")
     with terminal.loading("loading"):
         painter = load_painter(
             asked.target or shipped_images(),
@@ -75,18 +82,12 @@ def size_of(text: str | None) -> tuple[int, int] | None:
 
 
 def wanted(asked: ImageOptions, code: Any) -> list[tuple[str | None, int]]:
-    """Class or description, and seed, of every picture. ConfigError for the option that the model does not take."""
-    classes = getattr(code, "classes", None)
-    if classes is None:
-        if asked.prompt is None or asked.kind is not None:
-            raise ConfigError(
-                "this model writes images from a description: say what to draw with --prompt, without --class"
-            )
-        kinds: list[str | None] = [asked.prompt]
-    elif asked.prompt is not None:
-        raise ConfigError("this model draws classes, not descriptions: use --class")
-    else:
-        kinds = list(classes) if asked.kind is None else [None if asked.kind == "none" else asked.kind]
+    """Class or description, and seed, of every picture."""
+    kinds: list[str | None] = [None if asked.kind == "none" else asked.kind]
+    if asked.prompt is not None:
+        kinds = [asked.prompt]
+    elif asked.kind is None:
+        kinds = list(code.classes)
     return [(kinds[i % len(kinds)], asked.seed + i) for i in range(asked.count)]
 
 

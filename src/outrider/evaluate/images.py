@@ -129,6 +129,12 @@ class Drawing:
         return np.round((1 - share) * plain.astype(float) + share * wide).astype(np.uint8)
 
 
+def takes_descriptions(folder: str | Path) -> bool:
+    """Whether a folder is of a model that writes images from texts; otherwise it draws classes, by its raster.json."""
+    place = resolve_folder(folder)
+    return not (place / FILE).is_file() and kind_of(place) in GENERATORS
+
+
 def load_painter(
     folder: str | Path,
     draft: str = "auto",
@@ -147,7 +153,7 @@ def load_painter(
     ConfigError for a folder that has no raster.json and is no model that writes images, or one whose raster.json does not fit.
     """
     place = resolve_folder(folder)
-    written = not (place / FILE).is_file() and kind_of(place) in GENERATORS
+    written = takes_descriptions(place)
     if size is not None and not written:
         raise ConfigError(f"{place} has pictures of one size: leave out the size")
     opened = open_generator(place, guidance, dtype, size) if written else open_raster(place, guidance, dtype)
