@@ -27,7 +27,7 @@ from outrider.evaluate.images import Painter, load_painter
 from outrider.models.config import read_raw_config
 from outrider.models.counts import check_counts
 from outrider.models.framed import NEVER
-from outrider.models.hf.generators import CLIP, _pixels, kind_of, load_generator
+from outrider.models.hf.generators import CLIP, kind_of, load_generator, pixels
 
 SIDE, CODES = 4, 24
 BYTES = 256
@@ -219,7 +219,7 @@ def test_what_it_cannot_do_is_said_in_one_sentence(folder: Path, tmp_path: Path)
             painter.draw([(WORDS, 1)])
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_std": [0.5, "half"]}))
     with pytest.raises(ConfigError, match="image_std must be a number or three"):
-        _pixels(tmp_path, CLIP, torch.zeros(2, 2, 3))
+        pixels(tmp_path, CLIP, torch.zeros(2, 2, 3))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "chameleon"}))
     with pytest.raises(ConfigError, match="no model that writes images: it needs a raster.json .*emu3, janus"):
         load_generator(tmp_path)
