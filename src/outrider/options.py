@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from inspect import Parameter, get_annotations, signature
 from typing import Any, SupportsFloat, TypedDict, TypeVar, get_args, no_type_check
 
-from outrider.errors import ConfigError, unknown_name
+from outrider.errors import CapabilityError, ConfigError, unknown_name
 
 _LEAST = {"length": 0, "slots": 1, "chunk": 1, "max_length": 1, "input_bits": 8}
 """The least value of each whole-number option."""
@@ -27,6 +27,9 @@ PART = re.compile(f"({'|'.join(name + options for name, options in WITHOUT_MODEL
 """One of them at the start of a --draft, and the '+' behind it, which another drafter follows."""
 DRAFTERS = ("none", "auto", *WITHOUT_MODEL, "jacobi", "early", "sparse")
 """What a --draft may name besides folders, GGUF files, Hub names and kinds of trained drafters."""
+OF_THE_TARGET = ("early", "sparse")
+"""Drafters that are parts of the target: they read its layers or its cache."""
+_APART = re.compile(rf"(?:.*\+)?apart:(?:[\w,.]+:)*({'|'.join(OF_THE_TARGET)})(?::.*)?")
 EXACT_RULES = (
     "speculative_sampling",
     "match",
@@ -144,6 +147,8 @@ class EngineOptions:
             raise ConfigError(f"kv_memory must be a number of GB above 0, got {memory!r}")
         if memory is not None:
             object.__setattr__(self, "kv_memory", float(memory))
+        if found := _APART.fullmatch(self.draft):  # said before a target is loaded
+            raise not_apart(found[1])
         _check_named("dtype", self.dtype, ("auto", *DTYPES))
         check_device(self.device)
         _check_named("implementation", self.implementation, IMPLEMENTATIONS)
@@ -166,6 +171,11 @@ class EngineOptions:
         """The same options except `changes`. Raises ConfigError for an unknown name, with the nearest known one."""
         check_names(changes)
         return replace(self, **changes)
+
+
+def not_apart(kind: str) -> CapabilityError:
+    """What there is to say of a drafter that is no draft model and is asked for in a process of its own."""
+    return CapabilityError(f"only draft models run in a process of their own, not {kind!r}: drop 'apart:'")
 
 
 class EngineKeywords(TypedDict, total=False):

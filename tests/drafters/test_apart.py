@@ -8,6 +8,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -19,10 +20,12 @@ from outrider.build import build_engine
 from outrider.drafters.ahead import Ahead
 from outrider.drafters.apart import Apart, Host, Lost
 from outrider.drafters.apart_child import packed, write
+from outrider.drafters.combine import need_of
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.registry import load_drafter
 from outrider.errors import CapabilityError, ConfigError
+from outrider.options import EngineOptions
 from outrider.params import SamplingParams
 from outrider.protocols import Drafter
 from tests.checkpoints import make_checkpoint
@@ -113,13 +116,15 @@ def test_a_question_that_is_not_read_is_given_up_too() -> None:
 
 def test_it_ends_with_its_parent_in_the_middle_of_an_answer() -> None:
     """Of a parent that is killed nothing is left but closed pipes: one that waits for a pass to end waits here for hours."""
-    command = [sys.executable, "-c", "from outrider.drafters.apart_child import main; main()"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None and process.stdout is not None
+    reader, writer = os.pipe()
+    command = [sys.executable, "-c", f"from outrider.drafters.apart_child import main; main({writer})"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(writer,)) as process:
+        assert process.stdin is not None
+        os.close(writer)
         try:
             write(process.stdin, packed((0, "make", partial(time.sleep, 10_000), [])))  # type: ignore[arg-type]
             process.stdin.close()
-            process.stdout.close()
+            os.close(reader)
             assert process.wait(60) == 0
         finally:
             process.kill()
@@ -145,13 +150,64 @@ def test_what_cannot_be_made_there_is_refused_by_name() -> None:
         beside(lambda: alone())  # a function that has no name elsewhere
     with pytest.raises(CapabilityError, match="4 levels where its stand-in drafts 3"):
         beside(partial(NGram, 4))
-    with pytest.raises(CapabilityError, match="only draft models run in a process of their own, not 'early:1'"):
-        load_drafter("apart:early:1", target=LEAN, length=3)
+    for spec, kind in (("apart:early:1", "early"), ("apart:sparse:int8", "sparse"), ("apart:eagle:PATH", "eagle")):
+        with pytest.raises(CapabilityError, match=f"only draft models run in a process of their own, not '{kind}'"):
+            load_drafter(spec, target=LEAN, length=3)
     with pytest.raises(ConfigError, match="takes no prefix: write 'ngram', got 'apart:ngram'"):
         load_drafter("apart:ngram", target=LEAN, length=3)
     for spec in ("ahead:4:apart:PATH", "greedy:apart:PATH", "apart:greedy:ahead:4:PATH", "apart:apart:PATH"):
         with pytest.raises(ConfigError, match="stand first, in this order, as in 'apart:ahead:4:greedy:PATH'"):
             load_drafter(spec, target=LEAN, length=3)
+
+
+def test_a_part_of_the_target_is_refused_before_there_is_one() -> None:
+    for spec in ("apart:early:1", "apart:greedy:early:1", "ngram+apart:ahead:4:sparse:window:16+496"):
+        with pytest.raises(CapabilityError, match="only draft models run in a process of their own"):
+            EngineOptions(draft=spec)
+    for spec in ("apart:ahead:4:PATH", "apart:./early", "early:1", "ngram+early:1"):
+        assert EngineOptions(draft=spec).draft == spec
+
+
+class Unreadable:
+    """Can be written down; reading it fails."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return int, ("no number",)
+
+
+class Answering(NGram):
+    """A drafter whose memory is what `make` returns."""
+
+    def __init__(self, make: Callable[[], object]) -> None:
+        super().__init__(LENGTH)
+        self.make = make
+
+    def cache_need(self, slots: int, length: int) -> object:
+        """Anything."""
+        return self.make()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"), [(threading.Lock, "cannot pickle"), (Unreadable, "cannot be read: ValueError")]
+)
+def test_an_answer_that_cannot_be_sent_costs_nothing_but_speed(make: Callable[[], object], said: str) -> None:
+    """It cannot be written down there, or not be read here: the process goes on, and this drafter is lost."""
+    one = Host()
+    number, _ = one.make(partial(Answering, make))  # type: ignore[arg-type]
+    with pytest.raises(Lost, match=said):
+        one.ask(number, "cache_need", (1, 10))
+    drafter = beside(partial(Answering, make), one)  # type: ignore[arg-type]
+    assert drafter.cache_need(1, 10) == need_of(1, 10, alone())
+    assert any(said in notice for notice in drafter.notices)
+    assert one.ask(number, "bind", (1, 10)) is None
+
+
+def test_what_is_printed_before_it_begins_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As start-up files of a machine's Python may do, which run before any line of ours."""
+    (tmp_path / "sitecustomize.py").write_text("print('welcome to this machine', flush=True)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    number, own = Host(patience=60.0).make(partial(NGram, LENGTH))
+    assert (number, own["max_depth"]) == (0, LENGTH)
 
 
 @pytest.mark.parametrize("spec", ["apart:ahead:4:{}", pytest.param("apart:greedy:{}", marks=pytest.mark.slow)])

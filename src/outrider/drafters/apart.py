@@ -22,7 +22,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 
@@ -52,11 +52,27 @@ class Host:
 
     def __init__(self, patience: float = PATIENCE) -> None:
         self._patience = patience
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from outrider.drafters.apart_child import main; main()"],
+        reader, writer = os.pipe()  # not its stdout: what the machine's own start-up files print there is no answer
+        self._answers = os.fdopen(reader, "rb", buffering=0)
+        try:
+            self._process = self._started(writer)
+        finally:
+            os.close(writer)
+        os.set_blocking(cast(Any, self._process.stdin).fileno(), False)  # `_write` waits, with an end
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._forgotten: list[int] = []
+        weakref.finalize(self, _end, self._process, self._answers)
+
+    @staticmethod
+    def _started(writer: int) -> subprocess.Popen[bytes]:
+        """The process, which answers through the pipe `writer`."""
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from outrider.drafters.apart_child import main; main({writer})"],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,  # until it sends to stderr what is printed
             bufsize=0,
+            pass_fds=(writer,),
             process_group=0,  # Ctrl-C is ours
             env=os.environ
             | {
@@ -65,11 +81,6 @@ class Host:
                 "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
             },
         )
-        os.set_blocking(cast(Any, self._process.stdin).fileno(), False)  # `_write` waits, with an end
-        self._lock = threading.Lock()
-        self._numbers = itertools.count()
-        self._forgotten: list[int] = []
-        weakref.finalize(self, _end, self._process)
 
     @property
     def pid(self) -> int:
@@ -86,8 +97,8 @@ class Host:
         self._forgotten.append(number)
 
     def ask(self, number: int, what: str, given: object, seconds: float | None = None) -> Any:
-        """The answer of a drafter there. Raises Lost; the process has ended then, unless the question could not be written down or
-        the drafter failed."""
+        """The answer of a drafter there. Raises Lost; the process has ended then, unless the question or the answer could not be
+        written down or the drafter failed."""
         seconds = self._patience if seconds is None else seconds
         with self._lock:
             forgotten, self._forgotten = self._forgotten, []
@@ -98,7 +109,7 @@ class Host:
             end = time.monotonic() + seconds
             try:
                 self._write(data, end)
-                well, answer = pickle.loads(self._read(LENGTH.unpack(self._read(LENGTH.size, end))[0], end))
+                data = self._read(LENGTH.unpack(self._read(LENGTH.size, end))[0], end)
             except TimeoutError:
                 self.end()
                 raise Lost(f"no answer within {seconds:.0f} s") from None
@@ -108,13 +119,17 @@ class Host:
             except BaseException:  # an interrupt: the answer would be taken for that of the next question
                 self.end()
                 raise
+        try:
+            well, answer = pickle.loads(data)
+        except Exception as error:  # of a class, say, that only the process knows
+            raise Lost(f"its answer cannot be read: {type(error).__name__}: {error}") from None
         if not well:
             raise Lost(answer)
         return answer
 
     def end(self) -> None:
         """End the process."""
-        _end(self._process)
+        _end(self._process, self._answers)
 
     def _write(self, data: bytes, end: float) -> None:
         pipe, rest = cast(Any, self._process.stdin), memoryview(data)
@@ -124,7 +139,7 @@ class Host:
                 _wait(ready, end)
 
     def _read(self, count: int, end: float) -> bytes:
-        pipe, parts = cast(Any, self._process.stdout), bytearray()
+        pipe, parts = self._answers, bytearray()
         with selectors.DefaultSelector() as ready:
             ready.register(pipe, selectors.EVENT_READ)
             while len(parts) < count:
@@ -140,10 +155,10 @@ def _wait(ready: selectors.BaseSelector, end: float) -> None:
         raise TimeoutError
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], answers: IO[bytes]) -> None:
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in (process.stdin, answers):
         if pipe is not None:
             pipe.close()
 

@@ -1,8 +1,8 @@
 """The process in which `apart.Host` keeps drafters. It ends when its parent's ends of the pipes are closed, however that happens,
 whatever it is doing.
 
-Messages are pickles over its standard streams, each after its length: both ends are this program. What libraries print goes to
-stderr.
+Messages are pickles, each after its length: both ends are this program. Questions come by stdin, answers go through a pipe of their
+own, and what libraries print goes to stderr.
 """
 
 from __future__ import annotations
@@ -126,19 +126,25 @@ def write(pipe: BinaryIO, data: bytes) -> None:
         rest = rest[pipe.write(rest) or 0 :]
 
 
-def main() -> None:
-    """Do what is asked for ever: the number of a drafter, what to do, with what, and the numbers of drafters to forget."""
-    questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+def main(pipe: int) -> None:
+    """Do what is asked for ever: the number of a drafter, what to do, with what, and the numbers of drafters to forget.
+
+    pipe: the open file that answers are written to.
+    """
+    os.set_inheritable(pipe, False)
+    questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(pipe, "wb", buffering=0)
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a library that asks something must not read a question
     threading.Thread(target=_end_with, args=(answers.fileno(),), name="outrider-parent", daemon=True).start()
     residents: dict[int, Resident] = {}
     while len(head := questions.read(LENGTH.size)) == LENGTH.size:
         try:
-            found: tuple[bool, object] = True, _do(residents, *pickle.loads(questions.read(LENGTH.unpack(head)[0])))
-        except Exception as error:  # the drafter's: the parent does without it
-            found = False, f"{type(error).__name__}: {error}"[:300]
-        write(answers, packed(found))
+            data = packed((True, _do(residents, *pickle.loads(questions.read(LENGTH.unpack(head)[0])))))
+        except (
+            Exception
+        ) as error:  # the drafter's, or an answer that cannot be written down: the parent does without it
+            data = packed((False, f"{type(error).__name__}: {error}"[:300]))
+        write(answers, data)
     os._exit(0)  # a thread may still be preparing drafts that nobody will ask for
 
 

@@ -23,7 +23,7 @@ from outrider.drafters.tree.growth import Sample
 from outrider.drafters.vocabulary import check_vocabulary
 from outrider.drafters.without_model import check_option, hosts_of
 from outrider.errors import CapabilityError, ConfigError, unknown_name
-from outrider.options import DRAFTERS
+from outrider.options import DRAFTERS, OF_THE_TARGET, not_apart
 from outrider.protocols import Drafter, Rule, Target
 from outrider.raster import find_raster
 
@@ -185,27 +185,38 @@ class _Finder:
             raise ConfigError(
                 "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
             )
-        found = self._last(spec, how, least)
+        kind, path = self._kind(how)
+        check_option(kind, path, spec, how.path)
+        if inner != spec and kind in (*OF_THE_TARGET, *self.learned):
+            raise not_apart(kind)
+        found = self._last(kind, path, how, least)
         if inner == spec:
             return Ahead(found, premises) if premises else found
         if type(found) is not ModelDrafter or self.load_elsewhere is None:
-            raise CapabilityError(f"only draft models run in a process of their own, not {found.name!r}: drop 'apart:'")
+            raise CapabilityError(f"no process of its own can load {how.path!r} here: drop 'apart:'")
         make = partial(_make, self.load_elsewhere(how.path), how, self.target.vocab_size, premises)
         instead = parse_draft(path, self.length, self.sample)
         return Apart(make, _model_drafter(found.model, instead, self.target.vocab_size))
 
-    def _last(self, spec: str, how: DraftSpec, least: int) -> Drafter:
-        """The last part of a spec: a model, a trained drafter, or the target itself in part."""
+    def _kind(self, how: DraftSpec) -> tuple[str, str]:
+        """The kind of a spec's last part, and what stands behind it. A folder says itself what it holds."""
         kind, _, path = how.path.partition(":")
+        if kind in self.learned and not path and Path(kind).exists():
+            return "", how.path
         if kind not in self.learned and (own := learned_kind(how.path, self.learned)) is not None:
-            kind, path = own, how.path  # a folder says itself what it holds
-        check_option(kind, path, spec, how.path)
-        growth = how.growth(self.target.vocab_size)
-        if kind == "early":
-            return load_early(path, self.target, growth)
-        if kind == "sparse":
-            return load_sparse(path, self.target, growth, least)
-        if kind in self.learned and (path or not Path(kind).exists()):
+            return own, how.path
+        return kind, path
+
+    def _last(self, kind: str, path: str, how: DraftSpec, least: int) -> Drafter:
+        """The last part of a spec: a model, a trained drafter, or the target itself in part."""
+        if kind in OF_THE_TARGET:
+            growth = how.growth(self.target.vocab_size)
+            return (
+                load_early(path, self.target, growth)
+                if kind == "early"
+                else load_sparse(path, self.target, growth, least)
+            )
+        if kind in self.learned:
             folder = _learned_folder(kind, path, self.target_path, self.find_folder, self.learned)
             return self.learned[kind].load(folder, self.target, how, self.target_path)
         return self._model(how)

@@ -117,7 +117,19 @@ void small_blocks(const Layout& l, const uint8_t* group, const Rounded32& x, flo
             store(out + (c * R + r) * LANES, F == INT8 ? total[c][r] * load<vf>(group + c * apart + codes) : total[c][r]);
 }
 
-// The same with super-blocks of 256.
+// The sum over a super-block of minima times sums of inputs. pair: the minima of two units each; sums: of the inputs of every unit.
+inline vi times_least(const vi (&pair)[4], const int16_t* sums) {
+    vi total = {};
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+        int32_t two;
+        std::memcpy(&two, sums + 2 * u, 4);
+        total = pair_dot(total, pair[u], two);
+    }
+    return total;
+}
+
+// `small_blocks` with super-blocks of 256.
 template <Format F, int R, int C>
 void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, float* out) {
     vf total[C][R] = {};
@@ -167,14 +179,7 @@ void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, fl
                 const vf dx = x.d[r * x.ldd + b] - vf{};
                 total[c][r] = fused(to_float(sum[c][r]), d * dx, total[c][r]);
                 if (!SIZE.minimum) continue;
-                vi least = {};
-#pragma GCC unroll 4
-                for (int u = 0; u < 4; ++u) {
-                    int32_t two;
-                    std::memcpy(&two, x.sum + r * x.lds + b * 8 + 2 * u, 4);
-                    least = pair_dot(least, pair[u], two);
-                }
-                total[c][r] = fused(to_float(least), m * dx, total[c][r]);
+                total[c][r] = fused(to_float(times_least(pair, x.sum + r * x.lds + b * 8)), m * dx, total[c][r]);
             }
         }
     }
