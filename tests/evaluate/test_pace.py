@@ -49,7 +49,7 @@ def test_the_rest_costs_as_much_a_byte() -> None:
     assert [times.more(n) for n in (1, 2, 5, 7, 8)] == pytest.approx([3, 6, 15, 21, 24])
 
 
-@pytest.mark.parametrize("second, disturbed", [(1.0, False), (0.95, False), (0.8, True)])
+@pytest.mark.parametrize(("second", "disturbed"), [(1.0, False), (0.95, False), (0.8, True)])
 def test_times_that_contradict_each_other_are_told(
     second: float,
     disturbed: bool,

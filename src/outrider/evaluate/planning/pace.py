@@ -56,7 +56,7 @@ class Times:
 
     @property
     def disturbed(self) -> bool:
-        """Whether several rows took less than nine tenths of the time of one, which they include: others had the cores meanwhile."""
+        """Whether several rows took less than nine tenths of the time of one, which is in them: others had the cores."""
         return min(self.whole.values()) < 0.9 * self.whole[1]
 
 
