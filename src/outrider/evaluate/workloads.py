@@ -90,8 +90,8 @@ def ready(engine: Any, path: Path | None, rows: Sequence[Row], template: bool = 
     """Prompts for an engine's target: by its chat template, where it has one and `template` says so, else as texts.
 
     With a template a text is a user's message, and where no file was named (`path` None) the shipped questions take the place of
-    the shipped code. whole: all turns of a row are asked, not its first alone. Raises ConfigError for a prompt or a later turn that the
-    template refuses.
+    the shipped code. whole: all turns of a row are asked, not its first alone. Raises ConfigError for a prompt, or a later turn,
+    that the template refuses.
     """
     spoken = template and has_template(engine.tokenizer)
     name = "the shipped code" if path is None else str(path)
