@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -23,127 +24,18 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from outrider import Engine, SamplingParams
 from outrider.build import companion
 from outrider.drafters.tree.forest import chains
 from outrider.errors import OutriderError
-from outrider.models.admit import model_class
 from outrider.models.load import inspect_checkpoint
 from outrider.types import Draft, Evidence
 
-VOCAB, WIDTH, LAYERS, POSITIONS = 512, 64, 4, 512
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: the families' sizes lie beside it
+from benchmarks.model_sizes import FAMILIES, VOCAB, build  # noqa: E402
+
 PROMPT = [7 * i % 90 + 5 for i in range(24)]
-PICTURED = (
-    "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "llava_next", "internvl", "smolvlm", "idefics3",
-    "paligemma", "aya_vision", "glm4v", "glm4v_moe", "cohere2_vision", "lfm2_vl",
-)  # fmt: skip
-"""Families that read pictures besides; those of them that transformers also has as causal models are among the others."""
-FAMILIES = tuple(sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *PICTURED}))
-
-
-def each(names: str, value: Any) -> dict[str, Any]:
-    """The same value for every name."""
-    return dict.fromkeys(names.split(), value)
-
-
-SMALL: dict[str, Any] = {
-    **each("hidden_size n_embd d_model dim word_embed_proj_dim attention_hidden_size embedding_dim lru_width", WIDTH),
-    **each("num_hidden_layers n_layer n_layers num_layers num_blocks decoder_layers encoder_layers", LAYERS),
-    **each("num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads", 4),
-    **each("intermediate_size ffn_dim ffn_hidden_size n_inner decoder_ffn_dim encoder_ffn_dim d_ff", 2 * WIDTH),
-    **each("intermediate_size_mlp shared_intermediate_size dense_intermediate_size block_ff_dim", 2 * WIDTH),
-    **each("max_position_embeddings n_positions n_ctx max_seq_len context_length seq_length", POSITIONS),
-    **each("head_dim global_head_dim swa_head_dim v_head_dim qk_nope_head_dim attention_head_dim", 16),
-    **each("num_experts num_local_experts n_routed_experts moe_num_experts", 4),
-    **each("num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k top_k_experts", 2),
-    **each("moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size", WIDTH // 2),
-    **each("state_size ssm_state_size mamba_d_state", 8),
-    **each("mamba_n_heads mamba_num_heads n_mamba_heads", 8),
-    **each("mamba_d_head mamba_head_dim mamba_headdim linear_key_head_dim linear_value_head_dim linear_head_dim", 16),
-    **each("n_group topk_group mamba_n_groups mamba_ngroups n_groups n_shared_experts", 1),
-    **each("vocab_size vocab_size_per_layer_input", VOCAB),
-    "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_num_heads": 4,
-    "mamba_chunk_size": 16, "chunk_size": 16,
-    "kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_head_dim": 24, "first_k_dense_replace": 1,
-    "sliding_window": 16, "attention_window_size": 16, "attention_chunk_size": 16, "hidden_size_per_layer_input": 16,
-    "rotary_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "use_cache": True,
-    "initializer_range": 0.1,
-}  # fmt: skip
-"""What a configuration is given of the names that it knows."""
-KINDS = {kind: [kind, "full_attention"] * (LAYERS // 2) for kind in ("linear_attention", "sliding_attention", "conv")}
-ALWAYS = ("num_key_value_heads", "head_dim", "num_experts_per_tok", "n_group", "topk_group")
-"""Given even where the configuration has no value for them."""
-OWN: dict[str, dict[str, Any]] = {
-    **each("qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text olmo_hybrid minimax",
-        {"layer_types": KINDS["linear_attention"]}),
-    **each("gemma2 gemma3_text gemma3 gemma4_text gemma4 olmo3 gpt_oss ministral cohere2 exaone4",
-        {"layer_types": KINDS["sliding_attention"]}),
-    **each("lfm2 lfm2_moe lfm2_vl", {"layer_types": KINDS["conv"], "num_dense_layers": 1}),
-    "glm4v": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-    "glm4v_moe": {
-        "rope_parameters": {
-            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
-    "inkling2_loop_text": {"unpadded_vocab_size": VOCAB},
-    **each("bailing_hybrid kimi_linear", {"layer_types": KINDS["linear_attention"]}),
-    **each("gemma3n_text gemma3n",
-        {"layer_types": KINDS["sliding_attention"], "num_kv_shared_layers": 2, "laurel_rank": 8, "altup_num_inputs": 2,
-         "activation_sparsity_pattern": [0.0] * LAYERS}),
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2), "num_local_experts": 0, "num_experts_per_tok": 0},
-    "bamba": {"attn_layer_indices": [1, 3]},
-    "jamba": {
-        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
-        "mamba_dt_rank": 4, "use_mamba_kernels": False},
-    "llama4_text": {"layer_types": ["chunked_attention", "full_attention"] * 2, "moe_layers": [0, 1, 2, 3]},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
-    "falcon_h1": {"mamba_d_ssm": 2 * WIDTH},
-    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "moe_shared_expert_intermediate_size": 32},
-    "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
-    "zamba2": {
-        "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "attention_head_dim": 32,
-        "attention_hidden_size": 2 * WIDTH, "mamba_expand": 2, "adapter_rank": 8},
-    "zamba": {
-        "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32, "attention_hidden_size": 2 * WIDTH,
-        "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
-    "xlstm": {"num_heads": 4, "num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
-    **each("qwen2_vl qwen2_5_vl", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}),
-    "falcon": {"alibi": False},
-    "moshi": {"sliding_window": POSITIONS},  # all of its positions, as the default: its masks know no window
-    "doge": {"is_moe": False},
-    "opt": {"init_std": 0.1},
-}  # fmt: skip
-"""What a family needs besides."""
-
-
-def shrink(config: Any, own: dict[str, Any]) -> Any:
-    """The configuration of a small model: the same class made again, with what it knows of `SMALL`, its parts as well."""
-    held, kind = config.to_dict(), type(config)
-    renamed = {v: k for k, v in getattr(kind, "attribute_map", {}).items()}
-    given = {k: v for k, v in SMALL.items() if k in held and held[k] is not None and renamed.get(k) not in held}
-    given |= {k: SMALL[k] for k in ALWAYS if k in held}
-    if "qk_rope_head_dim" in held:  # latent attention: its rotary part is a head of its own
-        given |= {"head_dim": SMALL["qk_rope_head_dim"], "num_key_value_heads": 4}
-    parts = {k: getattr(config, k) for k in getattr(kind, "sub_configs", {}) if getattr(config, k, None) is not None}
-    smaller = {k: shrink(c, own if "text" in k else {}) for k, c in parts.items()}
-    spoken = any("vocab_size" in c.to_dict() for c in parts.values())
-    if spoken and "num_hidden_layers" not in held:  # the language model is one of them
-        given = {k: v for k, v in given.items() if k.endswith("token_id")}
-        return kind(**given, **smaller)
-    return kind(**{**given, **own, **smaller})
-
-
-def build(family: str) -> Any:
-    """A small random model of a family, the same every time, with larger weights than usual, so that its text wanders."""
-    torch.manual_seed(0)
-    config = shrink(AutoConfig.for_model(family), OWN.get(family, {}))
-    model = model_class(config).from_config(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():  # some families start at one or zero what should differ
-            p += 0.02 * torch.randn_like(p)
-    return model
 
 
 class Told:
@@ -191,16 +83,21 @@ def row_of(family: str, tokens: int, rounds: int) -> dict[str, Any]:
         except Exception as error:
             return row | {"made": said(error)}
         row["type"] = json.loads((Path(folder) / "config.json").read_text())["model_type"]
-        try:
-            row["doctor"] = inspect_checkpoint(folder, dtype="float32").runtime
-        except OutriderError as error:
-            row["doctor"] = f"refused: {plainly(error, folder)}"
+        row["doctor"] = doctor(folder)
         try:
             engine = Engine.build(target=folder, draft="none", length=0, slots=1, dtype="float32", max_length=256)
         except OutriderError as error:
             return row | {"refused": plainly(error, folder), **own_fault(model)}
         row |= compare(model, engine, tokens, rounds)
     return row
+
+
+def doctor(folder: str) -> str:
+    """The runtime of a checkpoint as `outrider doctor` has it from the files alone, or its refusal."""
+    try:
+        return inspect_checkpoint(folder, dtype="float32").runtime
+    except OutriderError as error:
+        return f"refused: {plainly(error, folder)}"
 
 
 def own_fault(model: Any) -> dict[str, str]:

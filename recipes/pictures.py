@@ -45,7 +45,9 @@ def draw_demo() -> Path:
     done = subprocess.run([*OUTRIDER, *DEMO], env=shown, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
     screen = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True, color_system="truecolor")
     screen.print(Text(f"$ outrider {' '.join(DEMO)}", style="bold"))
-    screen.print(Text.from_ansi(done.stdout.decode().rstrip()))
+    screen.print(
+        Text.from_ansi(done.stdout.decode().rstrip()), end="\n\n"
+    )  # without an empty last line, "g" is cut at its foot
     path = FIGURES / "demo.svg"
     svg = screen.export_svg(title="outrider demo", unique_id="outrider-demo")
     path.write_text(re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE), encoding="utf-8")

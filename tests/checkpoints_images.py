@@ -23,7 +23,7 @@ from transformers.models.llava import LlavaProcessor
 from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from benchmarks.model_table import OWN, shrink
+from benchmarks.model_sizes import OWN, shrink
 from outrider.models.admit import model_class
 
 QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

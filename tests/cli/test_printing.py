@@ -12,6 +12,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from outrider.cli import tables
+from outrider.cli.audit import power
 from outrider.cli.bench_print import speedup_text
 from outrider.cli.main import app
 from outrider.cli.terminal import Console, print_json
@@ -131,3 +132,13 @@ def test_a_row_that_is_too_wide_goes_on_below_itself() -> None:
     assert (
         " ".join(line[at:].strip() for line in shown[2:]) == "target 89% rule 7% draft 1% host 3% and more of the same"
     )
+
+
+def test_powers_of_ten_have_no_negative_zero() -> None:
+    assert [power(x) for x in (-0.04, 0.04, -0.05001, 2.0, 1489.26)] == [
+        "10^0.0",
+        "10^0.0",
+        "10^-0.1",
+        "10^2.0",
+        "10^1489.3",
+    ]

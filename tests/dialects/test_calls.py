@@ -160,7 +160,7 @@ def test_blanks_behind_a_mark_are_read_in_linear_time(name: str, text: str) -> N
         ("2.0", {"type": "integer"}, 2.0),
         ("2.5", {"type": "integer"}, "2.5"),
         ("1e999", {"type": "number"}, "1e999"),
-        ("[1e999]", {}, "[1e999]"),
+        ("[1e999]", {}, ["1e999"]),
         ("NaN", {}, "NaN"),
     ],
 )
@@ -168,6 +168,25 @@ def test_numbers_that_no_float_holds_stay_text(raw: str, schema: dict[str, Any],
     found = typed(raw, schema)
     assert found == value and type(found) is type(value)
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("qwen3_coder", "<tool_call>\n<function=f>\n<parameter=a>\nVALUE\n</parameter>\n</function>\n</tool_call>"),
+        ("lfm2", "<|tool_call_start|>[f(a=VALUE)]<|tool_call_end|>"),
+        ("hermes", '<tool_call>\n{"arguments": {"a": VALUE}, "name": "f"}\n</tool_call>'),
+    ],
+)
+def test_half_a_character_in_a_call_is_the_mark_for_it(name: str, text: str) -> None:
+    """JSON and Python may name one half of a surrogate pair, which no reply can carry; a whole pair is its character."""
+    schemas = {"f": {"type": "object", "properties": {"a": {"type": "array"}}}}
+    halves = r'["\ud800", "a\udc00b", "\ud83d\ude00", "\\ud800", "\u00e9"]'
+    wanted = halves if name != "lfm2" else halves.replace(r"\ud83d\ude00", "\U0001f600")
+    reader = Reader(FORMATS[name], None, schemas)
+    _, _, calls = whole(reader.feed(text.replace("VALUE", wanted)) + reader.finish())
+    assert json.loads(calls[0][1]) == {"a": ["\ufffd", "a\ufffdb", "\U0001f600", "\\ud800", "\u00e9"]}
+    calls[0][1].encode()
 
 
 def test_a_python_call_that_is_no_json_is_text() -> None:

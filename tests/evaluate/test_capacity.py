@@ -15,6 +15,7 @@ from outrider.records import Counts
 from outrider.theory.fleet import Failures, poisson, simulate
 from outrider.theory.hardware import HARDWARE, MODELS
 from outrider.theory.links import LINKS
+from outrider.theory.roofline import Setting, predict
 
 
 def truth(decoding: int, length: int, rows: int) -> float:
@@ -173,6 +174,25 @@ def test_a_plan_on_paper_ranks_what_fits_and_says_what_it_assumes() -> None:
         assert word in said
     with pytest.raises(ConfigError, match="cannot hold"):
         paper.plan_on_paper(on_paper(1), [1], [0, 2])
+
+
+@pytest.mark.parametrize(("sequences", "cut", "read_again"), [(1, 8, 6), (64, 7, 4), (256, 3, 2)])
+def test_a_state_that_cannot_be_cut_has_shorter_drafts_planned(sequences: int, cut: int, read_again: int) -> None:
+    """The more sequences, the dearer the rows that are read again; the speed is that of the theory's own prediction."""
+    lengths = range(9)
+    usual = paper.plan_on_paper(on_paper(), [sequences], lengths)[sequences][0]
+    recurrent = on_paper(recurrent=True)
+    found = paper.plan_on_paper(recurrent, [sequences], lengths)[sequences][0]
+    assert (usual.length, found.length) == (cut, read_again) and usual.name == found.name
+    assert 1 < found.speedup < usual.speedup
+    of_copy = -(-sequences // (found.copies * found.pipeline))
+    setting = Setting(
+        HARDWARE["h100"], of_copy, 2048, found.tensor, link=LINKS["nvlink4"], between=LINKS["ib-ndr"],
+        draft_devices=found.draft_devices, efficiency=0.7, recurrent=True,
+    )  # fmt: skip
+    theory = predict(MODELS["70b"], MODELS["1b"], setting, 0.8, lengths).best
+    assert (theory.length, theory.speedup) == (found.length, pytest.approx(found.speedup, rel=1e-12))
+    assert "cannot be cut" in " ".join(paper.assumptions(recurrent))
 
 
 def test_prompts_read_elsewhere_cost_a_handover_and_twice_the_gpus() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from outrider.cli.doctor import expected
+from outrider.cli.doctor import expected, print_speed
 from outrider.errors import ConfigError
 from outrider.evaluate.planning import pace as measured
 from outrider.evaluate.planning.pace import ACCEPTANCES, ROWS, Times, pace
@@ -47,6 +47,24 @@ def test_the_first_blocks_are_those_of_the_model(kind: int, made: tuple[Path, Pa
 def test_the_rest_costs_as_much_a_byte() -> None:
     times = Times({n: 4.0 * n for n in ROWS}, {n: 1.0 * n for n in ROWS})
     assert [times.more(n) for n in (1, 2, 5, 7, 8)] == pytest.approx([3, 6, 15, 21, 24])
+
+
+@pytest.mark.parametrize(("second", "disturbed"), [(1.0, False), (0.95, False), (0.8, True)])
+def test_times_that_contradict_each_other_are_told(
+    second: float,
+    disturbed: bool,
+    made: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two rows cannot take less than one of them: then a neighbour had the cores, and no figure of these is one of the model."""
+    times = Times({n: 1.0 if n == 1 else second * n**0.01 for n in ROWS}, dict.fromkeys(ROWS, 0.5))
+    monkeypatch.setattr(measured, "timed", lambda model, share: (times, {}))
+    monkeypatch.setattr(measured, "SECONDS", 0.0)
+    told = expected({"target": str(made[1])}, "auto")
+    assert told["disturbed"] == disturbed
+    print_speed(told)
+    assert ("Run it again" in " ".join(capsys.readouterr().out.split())) == disturbed
 
 
 def test_a_pair_is_told_by_acceptance(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 
-from benchmarks.model_table import OWN, shrink
+from benchmarks.model_sizes import OWN, shrink
 from outrider.errors import ConfigError
 from outrider.models import counts
 from outrider.models.admit import admit

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from benchmarks import model_table
+from benchmarks import model_sizes, model_table
 from benchmarks.families import FAMILIES, PROMPT, build, engine_of, known, ours, theirs
 from benchmarks.model_table import Told
 from outrider import SamplingParams
@@ -88,7 +88,7 @@ def test_drafts_on_a_state_that_cannot_be_cut_give_the_text_of_transformers(fami
 
 def test_a_state_that_a_model_keeps_in_its_modules_is_each_sequences_own() -> None:
     """RecurrentGemma returns no state: its modules have it between calls, and sequences take turns in them."""
-    model = model_table.build("recurrent_gemma")
+    model = model_sizes.build("recurrent_gemma")
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     prompts = [model_table.PROMPT, model_table.PROMPT[5:12]]
     with torch.no_grad():

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.model_table import Told, build, decode, reference
+from benchmarks.model_sizes import build
+from benchmarks.model_table import Told, decode, reference
 from outrider.build import Engine, companion
 from outrider.errors import ConfigError
 from outrider.models.hf.target import HFTarget

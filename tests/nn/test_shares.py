@@ -20,6 +20,7 @@ from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
 from outrider.errors import CapacityError
 from outrider.models.lean import LeanTarget
+from outrider.models.native.build import load_library
 from outrider.models.restricted import Restricted
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
@@ -30,7 +31,9 @@ from tests.covering import slow_beyond
 from tests.models.test_native import SHAPES, random_weights, tokens
 
 PAGE = 64
-TARGET = LeanTarget(SHAPES["plain"][0], random_weights(*SHAPES["plain"], torch.bfloat16))
+# Texts that are independent of the other rows: the compiled decoder has them in bfloat16, PyTorch in float64 alone.
+DTYPE = torch.bfloat16 if load_library() is not None else torch.float64
+TARGET = LeanTarget(SHAPES["plain"][0], random_weights(*SHAPES["plain"], DTYPE))
 V = TARGET.vocab_size
 PROMPTS = [tokens(n, V, seed=n) for n in (130, 70, 128, 9, 200, 40)]
 
@@ -133,7 +136,9 @@ def test_wrappers_count_what_they_hold() -> None:
     joined = first_of(NGram(3), model, copy)
     assert joined.cache_need(3, 250) == gated(joined).cache_need(3, 250) == (0, both)  # type: ignore[attr-defined]
     alone, ahead = model.cache_need(3, 250), Ahead(ModelDrafter(small(), 4), 2).cache_need(3, 250)
-    assert ahead == (alone.fixed + 3 * 2 * 2 * PAGE * alone.token, alone.token), "two pages of each slot's premises are their own"
+    assert ahead == (alone.fixed + 3 * 2 * 2 * PAGE * alone.token, alone.token), (
+        "two pages of each slot's premises are their own"
+    )
     build(gated(joined), 9 * PAGE * (TARGET.token_bytes + both))
     assert model.cache.kv.pages.count == copy.cache.kv.pages.count == 9  # type: ignore[attr-defined]
 

@@ -145,6 +145,28 @@ def test_a_message_and_its_events(agents: Running, text: str) -> None:
     assert read_and_written(events[-2]["usage"]) == read_and_written(whole["usage"])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("value", ["1e400", "-1E+999", "1e-999", "9" * 300])
+def test_a_number_that_no_float_holds_reaches_the_client_and_comes_back(agents: Running, value: str, stream: bool) -> None:
+    """The model may write it, since JSON has it: as a value of its own it cannot be written, so it is its text."""
+    said = '<tool_call>\n{"name": "measure", "arguments": {"x": VALUE}}\n</tool_call>'
+    SCRIPTS[f"measure {value}"] = said.replace("VALUE", value)
+    tools = [{"name": "measure", "input_schema": {"type": "object", "properties": {"x": {"type": "number"}}}}]
+    asked = {"role": "user", "content": f"measure {value}"}
+    body = {"model": "scripted", "max_tokens": 400, "temperature": 0, "tools": tools, "thinking": {"type": "disabled"}}
+    status, _, data = agents.call("POST", "/v1/messages", {**body, "messages": [asked], "stream": stream})
+    assert status == 200
+    if stream:
+        said = "".join(e["delta"].get("partial_json", "") for e in events_of(data) if e["type"] == "content_block_delta")
+        assert said == '{"x": ' + value + "}"
+        return
+    use = json.loads(data)["content"][0]
+    assert use["input"] == {"x": {"1e-999": 0.0, "9" * 300: int("9" * 300)}.get(value, value)}
+    back = {"type": "tool_result", "tool_use_id": use["id"], "content": "cold"}
+    more = [asked, {"role": "assistant", "content": [use]}, {"role": "user", "content": [back]}]
+    assert agents.call("POST", "/v1/messages", {**body, "messages": more})[0] == 200
+
+
 def test_results_of_tools_choices_and_counts(agents: Running) -> None:
     use = {"type": "tool_use", "id": "toolu_1", "name": "look_up", "input": {"place": "Bern"}}
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "cold"}]}

@@ -200,3 +200,13 @@ def test_what_is_no_http_is_answered_once(server: Running, path: str, caplog: py
         until(lambda: not server.server.server_state.connections, 10)
     assert answer.count(b"HTTP/1.1") == 1 and answer.split(b" ")[1] == b"400"
     assert not caplog.records
+
+
+@pytest.mark.parametrize("other", ["websocket", "h2c", "TLS/1.3"])
+def test_who_asks_for_another_protocol_is_answered_in_this_one(
+    server: Running, caplog: pytest.LogCaptureFixture, other: str
+) -> None:
+    """And the operator is not told to install a library for web sockets."""
+    asks = {"Connection": "Upgrade, close", "Upgrade": other, "Sec-WebSocket-Key": "x3JJHMbDL1EzLkh9GBhXDw=="}
+    assert server.call("GET", "/health", headers=asks)[0] == 200
+    assert not caplog.records

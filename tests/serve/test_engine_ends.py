@@ -62,6 +62,24 @@ def test_a_failing_step_ends_its_requests_and_nothing_else(caplog: pytest.LogCap
         assert free(running) == 2
 
 
+@pytest.mark.parametrize("more", [{}, {"prompt_logprobs": 0}, {"echo": True, "logprobs": 1}])
+def test_only_faults_of_the_server_are_logged(caplog: pytest.LogCaptureFixture, more: dict[str, int]) -> None:
+    """A prompt that is refused is the client's affair: it wrote a traceback. What fails here is logged, with its cause."""
+    engine = build_engine(slots=2)
+    with serving(engine=engine) as running, caplog.at_level(logging.WARNING):
+        wrong = {"model": "pycode", "prompt": [900_000], "max_tokens": 1, **more}
+        status, _, reply = running.call("POST", "/v1/completions", wrong)
+        assert (status, caplog.records) == (400, []) and "vocabulary" in reply.decode()
+        running.bridge.engine.check = running.bridge.engine.submit = _fails  # type: ignore[method-assign]
+        status, _, reply = running.call("POST", "/v1/completions", {**SHORT, **more})
+        assert status == 500 and "planted" not in reply.decode()
+        assert [str(r.exc_info[1]) for r in caplog.records if r.exc_info] == ["planted"]
+
+
+def _fails(*_: object, **__: object) -> None:
+    raise RuntimeError("planted")
+
+
 @pytest.mark.parametrize("where", ["_step", "admit", "_score"])
 def test_a_dead_engine_thread_is_told_at_once(caplog: pytest.LogCaptureFixture, where: str) -> None:
     """Those who wait for a token, to be queued, or for a prompt's scores hear it now and not at their deadline; /health says it."""

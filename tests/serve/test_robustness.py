@@ -239,6 +239,7 @@ def test_requests_the_engine_refuses(server: Running) -> None:
         (b'{"model":"pycode","model":"pycode","prompt":"x"}', {}, 400),
         (b'{"model":"pycode","prompt":"x","temperature":NaN}', {}, 400),
         (b'{"model":"pycode","prompt":"x","temperature":1e999}', {}, 400),
+        (b'{"model":"pycode","prompt":"x","moderation":[{"a":-1e999}]}', {}, 400),
         (b'{"model":"pycode","prompt":"x","seed":' + b"9" * 5000 + b"}", {}, 400),
         (b"[" * 100_000, {}, 400),
         (b" " * 2_000_001, {}, 413),

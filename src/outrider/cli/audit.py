@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -169,17 +170,17 @@ def print_document(d: dict[str, Any]) -> None:
         return
     alarm = "" if d["alarm_at"] is None else f", alarm after {d['alarm_at']} tokens"
     console.print(
-        f"evidence             10^{d['log10_evidence']:.1f} against the target's distribution "
-        f"(alarm at {1 / d['level']:.0f}){alarm}"
+        f"evidence             {power(d['log10_evidence'])} against the target's distribution "
+        f"(alarm at {power(-math.log10(d['level']))}){alarm}"
     )
     console.print(f"tolerance            {d['tolerance']:.2g} total variation per token")
     if d["bias"] is not None:
         console.print(
-            f"bias                 about {d['bias']:.3f} per token; 10^{d['odds']:.1f} times likelier than the next cause"
+            f"bias                 about {d['bias']:.3f} per token; {power(d['odds'])} times likelier than the next cause"
         )
     console.print(
-        f"controls             target's own text 10^{d['control_honest']:.1f}, planted bias of {d['detect']:g} "
-        f"10^{d['control_planted']:.1f} (at their highest)"
+        f"controls             target's own text {power(d['control_honest'])}, planted bias of {d['detect']:g} "
+        f"{power(d['control_planted'])} (at their highest)"
     )
     if d["law_gap"] is not None:
         console.print(f"reported log-probs   differ from ours by {d['law_gap']:.2g} total variation per token")
@@ -193,6 +194,11 @@ def print_document(d: dict[str, Any]) -> None:
     tables.show(families_table(d), console)
 
 
+def power(exponent: float) -> str:
+    """A power of ten as text: what rounds to zero has no sign."""
+    return f"10^{round(exponent, 1) + 0.0:.1f}"
+
+
 def families_table(d: dict[str, Any]) -> Table:
     """Evidence for each family of mistakes, and the least bias of it that would have been seen."""
     table = Table(title="families of mistakes", title_justify="left")
@@ -201,5 +207,5 @@ def families_table(d: dict[str, Any]) -> Table:
     for family, value in list(d["families"].items()):
         mine = [x for x in d["detectable"] if x["family"] == family]
         seen = [x["tv"] for x in mine if x["tv"] is not None]
-        table.add_row(family, f"10^{value:.1f}", f"{min(seen):.3f}" if seen else "")
+        table.add_row(family, power(value), f"{min(seen):.3f}" if seen else "")
     return table

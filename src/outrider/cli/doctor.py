@@ -36,7 +36,8 @@ def doctor(
     measure: Annotated[
         bool,
         typer.Option(
-            "--measure/--no-measure", help="Tell expected tokens a second: loads a part of the weights, takes some seconds."
+            "--measure/--no-measure",
+            help="Tell expected tokens a second: loads a part of the weights, takes some seconds.",
         ),
     ] = True,
     vllm: Annotated[
@@ -139,6 +140,7 @@ def expected(folders: dict[str, str], dtype: str) -> dict[str, Any]:
     return unmeasured | {
         "plain": found.tokens,
         "rows": {str(n): whole[n] / whole[1] for n in ROWS},
+        "disturbed": found.times.disturbed,
         "experts": {str(n): t for n, t in found.touched.items()},
         "with_draft": [{"acceptance": a, "tokens": t, "length": n} for a, (t, n) in found.drafted.items()],
     }
@@ -154,6 +156,10 @@ def print_speed(speed: dict[str, Any]) -> None:
         return
     rows = ", ".join(f"{n}: {v:.2f}" for n, v in speed["rows"].items() if n != "1")
     say(f"about {speed['plain']:.0f} tokens/s plain; time of more rows over that of one: {rows}")
+    if speed["disturbed"]:
+        say(
+            "others used the processor meanwhile: several rows took less time than one. Run it again when they are done"
+        )
     if "draft_unknown" in speed:
         say(f"with this draft none is told: {speed['draft_unknown']}")
     if speed["experts"]:

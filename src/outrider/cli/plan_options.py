@@ -189,11 +189,18 @@ class PlanOptions:
             "--disaggregated", help="With --gpus: prompts are read on other GPUs of the same kind and number."
         ),
     ] = False
+    recurrent: Annotated[
+        bool,
+        typer.Option(
+            "--recurrent",
+            help="With --gpus: the target's state cannot be cut (Mamba's kind): accepted tokens are read again after a rejection.",
+        ),
+    ] = False
 
 
 _WITHOUT: dict[str, tuple[str, ...]] = {
     "traffic": ("slots", "ttft", "itl", "percentile", "overhead", "mtbf", "repair", "retries"),
-    "gpus": ("hardware", "link", "between", "context", "efficiency", "disaggregated"),
+    "gpus": ("hardware", "link", "between", "context", "efficiency", "disaggregated", "recurrent"),
     "mtbf": ("repair", "retries"),
     "check": ("within",),
 }

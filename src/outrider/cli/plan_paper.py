@@ -29,7 +29,7 @@ def paper_document(target: str | None, output: int, asked: Any) -> dict[str, Any
         found = paper.Paper(
             hardware.model(target), hardware.model(drafts[0]), hardware.hardware(asked.hardware), asked.gpus,
             paper.usual_link(asked.hardware, asked.link), links.link(asked.between), acceptance, asked.context, output,
-            asked.efficiency, asked.disaggregated,
+            asked.efficiency, asked.disaggregated, asked.recurrent,
         )  # fmt: skip
         return paper.paper_document(found, parse_batches(asked.batches), parse_lengths(asked.lengths), asked.price)
     except ValueError as error:

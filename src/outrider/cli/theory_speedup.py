@@ -253,7 +253,7 @@ def rows_table(d: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for row in d["rows"]:
         table.add_row(
-            str(row["length"]) + (" (best)" if row["length"] == d["best"]["length"] else ""),
+            ("best " if row["length"] == d["best"]["length"] else "") + str(row["length"]),
             f"{row['tokens_per_call']:.2f}",
             *([f"{row['read_again']:.2f}"] if again else []),
             f"{1000 * row['draft_seconds']:.2f}",

@@ -12,7 +12,7 @@ from typing import Any
 
 from outrider.dialects.formats import Format
 from outrider.dialects.pieces import Piece, joined, overlap
-from outrider.dialects.values import Extent, python_calls
+from outrider.dialects.values import Extent, python_calls, said
 
 LOST = 4096
 """Characters after which a region of calls that has no call in it counts as text."""
@@ -159,7 +159,7 @@ class Reader:
         inside, after = self._buffer[:size], self._buffer[size + (len(self._form.close) if end >= 0 else 0) :]
         self._buffer, self._state = after, "text"
         try:
-            found = json.loads(inside)
+            found = said(inside)
             name, arguments = found["name"], found.get("arguments", found.get("parameters", {}))
             if isinstance(name, str) and isinstance(arguments, dict):
                 return self._whole_call(name, arguments)
@@ -228,6 +228,6 @@ def _unescaped(name: str) -> str:
     if "\\" not in name:
         return name
     try:
-        return str(json.loads(f'"{name}"'))
+        return str(said(f'"{name}"'))
     except ValueError:
         return name

@@ -6,10 +6,13 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from typing import Any
 
 DEPTH = 64
 """Deepest nesting that is read."""
+_HALVES = re.compile(r"\\u[dD][89a-fA-F]")
+"""What may be half a surrogate pair, in JSON."""
 
 
 class Extent:
@@ -77,7 +80,7 @@ def typed(raw: str, schema: Any) -> Any:
     if "string" in types and not (set(types) - {"string", "null"}):
         return None if "null" in types and raw.strip() == "null" else raw
     try:
-        value = _json(raw)
+        value = said(raw)
     except (ValueError, RecursionError):
         lowered = raw.strip().lower()
         if "boolean" in types and lowered in ("true", "false"):
@@ -88,16 +91,27 @@ def typed(raw: str, schema: Any) -> Any:
     return value if any(_fits(value, name) for name in types) else raw
 
 
-def _json(raw: str) -> Any:
-    """A JSON value. Raises ValueError for other text, and for numbers that no float holds: they could not be written again."""
-    return json.loads(raw, parse_constant=_finite, parse_float=_finite)
+def said(raw: str) -> Any:
+    """A JSON value that a model or a client has written, so that it can be written again: a number that no float holds (1e400)
+    stands as its text, half a surrogate pair as U+FFFD. Raises ValueError or RecursionError for other text."""
+    value = json.loads(raw, parse_constant=str, parse_float=_held)
+    if not _HALVES.search(raw):
+        return value
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
-def _finite(text: str) -> float:
+def arguments(text: str | None) -> dict[str, Any]:
+    """The arguments of a call; none where the text is no JSON object, as that of a call that was cut."""
+    try:
+        found = said(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _held(text: str) -> float | str:
     number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:40]} is not a finite number")
-    return number
+    return number if math.isfinite(number) else text
 
 
 def _fits(value: Any, name: str) -> bool:
@@ -131,7 +145,7 @@ def _literal(node: ast.expr) -> Any:
     value = ast.literal_eval(node)
     if not _is_json(value):
         raise ValueError("not a JSON value")
-    return value
+    return said(json.dumps(value))
 
 
 def _is_json(value: Any, depth: int = 0) -> bool:
@@ -174,7 +188,7 @@ class Bare:
         while end < len(self._text) and self._text[end] not in ",]}":
             end += 1
         raw, self._at = self._text[self._at : end].strip(), end
-        return _json(raw)
+        return said(raw)
 
     def _pairs(self, depth: int) -> list[tuple[str, Any]]:
         out: list[tuple[str, Any]] = []

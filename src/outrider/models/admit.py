@@ -52,9 +52,13 @@ def admit(folder: Path, raw: dict, *, tried: bool = False) -> Any:
 def require_layers(config: Any, kind: str) -> Any:
     """The configuration of the language model alone. Raises ConfigError for one that does not say how many layers it has."""
     text = config.get_text_config(decoder=True)
-    if not hasattr(text, "num_hidden_layers"):
+    if hasattr(text, "num_hidden_layers"):
+        return text
+    if text is not config:
         raise ConfigError(f"the configuration has a text_config that {kind} does not read: remove it")
-    return text
+    raise ConfigError(
+        f"{kind} has no number of layers in its configuration, so that transformers makes no cache for it: use another model"
+    )
 
 
 SHALLOW = 64 << 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from math import isfinite
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -64,7 +65,7 @@ def parsed(data: bytes, values: int) -> Any:
     """The value of a body. Raises BadField for bad JSON, or for more than the allowed contents."""
     check(data, values)
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
+        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_once)
         if _HALVES.search(data):
             _check_characters(value)
         return value
@@ -103,6 +104,13 @@ def _check_characters(value: Any) -> None:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(f"{text[:40]} is larger than any number that is held here")
+    return number
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -134,6 +134,10 @@ class Connection(H11Protocol):
             self.app = crowded(self.app)
         self._owe()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: a client that asks for another protocol is answered in this one. uvicorn would write two lines, of which
+        one tells the operator to install a library for web sockets."""
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._settle()
         super().connection_lost(exc)

@@ -53,6 +53,14 @@ class Scoring:
         return found is not None and not self._left
 
 
+def told(error: Exception, general: str) -> OutriderError:
+    """What a client is told of an error: ours as it is. Any other is a fault of the server: it is logged, and told in `general`."""
+    if isinstance(error, OutriderError):
+        return error
+    logger.error(general, exc_info=error)
+    return EngineFailure(general)
+
+
 class EngineThread:
     """A thread that owns an engine: the engine is built and called only there.
 
@@ -158,9 +166,8 @@ class EngineThread:
                 self._scoring.popleft()
                 self._post(lambda: job.answer(job.done))
         except Exception as error:
-            logger.exception("the scores of a prompt failed")
             self._scoring.popleft()
-            failure = error if isinstance(error, OutriderError) else EngineFailure("the prompt could not be scored")
+            failure = told(error, "the prompt could not be scored")
             self._post(lambda: job.answer(failure))
 
     def _take(self, busy: bool) -> list[Callable[[], None]]:
@@ -242,7 +249,7 @@ class EngineThread:
                 ticket.prompt_tokens += len(prompt)
         except Exception as error:
             self.abort(ticket)
-            failure = error if isinstance(error, OutriderError) else EngineFailure("the request could not be queued")
+            failure = told(error, "the request could not be queued")
             self._post(lambda: answer(failure))
             return
         finally:

@@ -12,7 +12,7 @@ from transformers.models.pixtral import PixtralImageProcessor, PixtralProcessor
 from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-from benchmarks.model_table import shrink
+from benchmarks.model_sizes import shrink
 from outrider.build import Engine
 from outrider.models.admit import model_class
 from outrider.params import SamplingParams

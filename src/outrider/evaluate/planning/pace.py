@@ -54,6 +54,11 @@ class Times:
         low, high = (self.whole[n] - self.part[n] for n in (below, above))
         return low if above == below else low + (high - low) * (rows - below) / (above - below)
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether several rows took less than nine tenths of the time of one, which is in them: others had the cores."""
+        return min(self.whole.values()) < 0.9 * self.whole[1]
+
 
 @dataclass(frozen=True, slots=True)
 class Pace:

@@ -23,7 +23,8 @@ BOX = 8
 class Paper:
     """What is planned. context: tokens in the cache of a sequence, and of its prompt. output: tokens of an answer.
 
-    disaggregated: prompts are read on as many other GPUs, and their keys and values are sent over `between`.
+    disaggregated: prompts are read on as many other GPUs, and their keys and values are sent over `between`. recurrent: the target's
+    state cannot be cut, so that accepted tokens are read again after a rejection (`theory.recurrent`).
     """
 
     target: Model
@@ -37,6 +38,7 @@ class Paper:
     output: int
     efficiency: float
     disaggregated: bool = False
+    recurrent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ def _setting(paper: Paper, batch: int, tensor: int, pipeline: int, draft: int) -
     across = paper.link if tensor * pipeline <= BOX else paper.between
     return Setting(
         paper.hardware, batch, paper.context, tensor * pipeline, pipeline=pipeline, link=within, between=across,
-        draft_devices=draft, efficiency=paper.efficiency,
+        draft_devices=draft, efficiency=paper.efficiency, recurrent=paper.recurrent,
     )  # fmt: skip
 
 
@@ -169,6 +171,8 @@ def assumptions(paper: Paper) -> list[str]:
     out.append(
         f"a judged draft token is accepted with probability {paper.acceptance:g}, independently; a chain, verified in one forward"
     )
+    if paper.recurrent:
+        out.append("the target's state cannot be cut: what was accepted before a rejection is read again with the next draft")
     out.append(
         "tensor parallel: two all-reduces a layer, none hidden behind arithmetic; the draft on 1 GPU or on all of them"
     )

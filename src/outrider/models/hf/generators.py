@@ -103,7 +103,7 @@ def _named(tokenizer: Any, names: Sequence[str], folder: Path) -> int:
     raise ConfigError(f"{folder}: its tokenizer lacks the mark of an image ({names[-1]}): fetch the folder again")
 
 
-def _pixels(folder: Path, default: tuple[list[float], list[float]], colours: Float[Tensor, "h w 3"]) -> np.ndarray:
+def pixels(folder: Path, default: tuple[list[float], list[float]], colours: Float[Tensor, "h w 3"]) -> np.ndarray:
     """Pixels 0 to 255 of what a decoder has made, which is normalised as the folder's processor normalises pixels."""
     path = folder / "preprocessor_config.json"
     said = read_json(path, _LIMIT) if path.is_file() else {}
@@ -146,7 +146,7 @@ def _janus(whole: HFTarget, tokenizer: Any, folder: Path, size: tuple[int, int] 
 
     def decode(values: Sequence[int]) -> np.ndarray:
         with torch.no_grad():
-            return _pixels(folder, ([0.5] * 3, [0.5] * 3), model.decode_image_tokens(torch.tensor([list(values)]))[0])
+            return pixels(folder, ([0.5] * 3, [0.5] * 3), model.decode_image_tokens(torch.tensor([list(values)]))[0])
 
     frame = Frame(torch.arange(len(table)) < codes, side, side)
     points = nn.functional.normalize(inner.vqmodel.quantize.embedding.weight.detach().float(), dim=-1)  # as it decodes
@@ -186,7 +186,7 @@ def _emu3(whole: HFTarget, tokenizer: Any, folder: Path, size: tuple[int, int] |
             made = model.model.vqmodel.decode(
                 torch.tensor([code_of[v] for v in values], device=whole.device).view(1, height, width)
             )
-        return _pixels(folder, CLIP, made.reshape(-1, *made.shape[-2:])[:3].permute(1, 2, 0))
+        return pixels(folder, CLIP, made.reshape(-1, *made.shape[-2:])[:3].permute(1, 2, 0))
 
     return ImageGenerator(whole, Frame(codes, height, width, int(names.eol_token_id), begin), prompt, decode, {}, 1.0)
 

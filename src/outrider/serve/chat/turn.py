@@ -13,6 +13,7 @@ from outrider.dialects.formats import FORMATS, Format
 from outrider.dialects.harmony import HarmonyReader
 from outrider.dialects.lark import Tool, automatic, required
 from outrider.dialects.reader import Reader, Thinking
+from outrider.dialects.values import arguments
 from outrider.serve.chat.fields import AllowedChoice, ChatRequest, Message, NamedChoice
 from outrider.serve.parsing import BadField
 
@@ -227,11 +228,7 @@ def _message(message: Message, dialect: Dialect) -> dict[str, Any]:
 
 def _arguments(text: str | None, as_text: bool) -> Any:
     """The arguments of an earlier call; what is no object becomes an empty one, since an error would end the conversation."""
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        found = {}
-    found = found if isinstance(found, dict) else {}
+    found = arguments(text)
     return json.dumps(found, ensure_ascii=False) if as_text else found
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from outrider.dialects.pieces import Piece
+from outrider.dialects.values import arguments
 from outrider.errors import OutriderError, RequestError
 from outrider.serve.bridge import Bridge
 from outrider.serve.chat.reply import ChatReply
@@ -61,7 +61,7 @@ class MessageReply(ChatReply):
         if said.content or not said.calls:
             content.append({"type": "text", "text": "".join(said.content)})
         for call in said.calls:
-            content.append({"type": "tool_use", "id": call.id, "name": call.name, "input": _object(call.text)})
+            content.append({"type": "tool_use", "id": call.id, "name": call.name, "input": arguments(call.text)})
         end = {"stop_reason": reason, "stop_sequence": stopped, "usage": self._usage()}
         return {**self._head(""), "content": content, **end}
 
@@ -126,12 +126,3 @@ class Blocks:
 
     def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
         return {"type": "content_block_delta", "index": self._index, "delta": delta}
-
-
-def _object(text: str) -> dict[str, Any]:
-    """The arguments of a call; those that were cut are empty."""
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

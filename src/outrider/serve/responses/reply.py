@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Iterator
 from time import time
 from typing import Any
 
 from outrider.dialects.pieces import Piece
+from outrider.dialects.values import said
 from outrider.errors import OutriderError
 from outrider.serve.bridge import Bridge
 from outrider.serve.chat.reply import Call, ChatReply
@@ -193,8 +193,8 @@ class Items:
         if self._kind == "function_call":
             return {**head, "type": "function_call", "arguments": text}
         try:
-            given = json.loads(text or "{}").get("input", "")
-        except (ValueError, AttributeError):
+            given = said(text or "{}").get("input", "")
+        except (ValueError, RecursionError, AttributeError):
             given = text
         return {**head, "type": "custom_tool_call", "input": str(given)}
 
