@@ -214,7 +214,7 @@ def evidence(
 
 def main() -> None:
     """A table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("package", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--requests", type=int, default=50_000)

@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole command")
     parser.add_argument("--rows", type=int, default=24576, help="rows of training text")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")

@@ -59,7 +59,7 @@ def places(
     folder: Path, images: image_data.Images, drawings: list[Drawing], names: list[str | None], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """p, q [count, C] of the target and the distilled draft, guided, at random places of plain pictures."""
-    painter = load_painter(folder / "target", str(folder / "draft"), rule="block")
+    painter = load_painter(folder / "target", str(folder / "draft"), rule="block", dtype="float32")
     raster, params = images.raster, painter.request(None, 0)[1]
     texts = [
         Emitted(raster.prompt(name), list(d.tokens), False, raster.tokens, i)
@@ -95,7 +95,7 @@ def _place(rule: Lossy, p: np.ndarray, q: np.ndarray, points: np.ndarray) -> tup
 
 def measure(folder: Path, images: image_data.Images, jobs: list[tuple[str | None, int]]) -> list[dict[str, Any]]:
     """`moves` at PLACES places of plain pictures. jobs: their classes and seeds."""
-    drawings = load_painter(folder / "target", "none", length=0, slots=len(jobs)).draw(jobs)
+    drawings = load_painter(folder / "target", "none", length=0, slots=len(jobs), dtype="float32").draw(jobs)
     p, q = places(folder, images, drawings, [name for name, _ in jobs], PLACES)
     return moves(p, q, images.raster.codes())
 

@@ -142,7 +142,7 @@ def wanted(images: image_data.Images, count: int) -> list[tuple[str | None, int]
 def run(arm: Arm, folder: Path, images: image_data.Images, count: int) -> tuple[dict[str, Any], list[Drawing], Painter]:
     """The counts of an arm, its pictures and its engine."""
     painter = load_painter(
-        folder / "target", arm.draft, length=arm.length, rule=arm.rule, slots=64, allow_lossy=arm.lossy
+        folder / "target", arm.draft, length=arm.length, rule=arm.rule, slots=64, allow_lossy=arm.lossy, dtype="float32"
     )
     jobs = wanted(images, count)
     results = painter.engine.generate(

@@ -70,6 +70,16 @@ def parse_json(text: str | bytes, where: object) -> Any:
         raise ConfigError(f"{where}: not JSON that can be read ({str(error).partition(';')[0][:200]})") from None
 
 
+def first_is_object(text: str | bytes) -> bool:
+    """Whether the first line that is not blank is an object of JSON, as that of JSON lines is."""
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    start = len(data) - len(data.removeprefix(b"\xef\xbb\xbf").lstrip())
+    try:
+        return isinstance(json.loads(data[start:].partition(b"\n")[0]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def json_rows(text: str, where: object) -> Iterator[tuple[str, Any]]:
     """The values of JSON lines, each with its place, "where:line"; blank lines are skipped.
 
@@ -91,7 +101,9 @@ def read_yaml(path: Path, limit: int) -> Any:
             parts.append(part)
             size += len(part)
             if size > 16 * limit:
-                raise ConfigError(f"{path}: its aliases stand for more than {limit >> 16} MiB: write less, or several files")
+                raise ConfigError(
+                    f"{path}: its aliases stand for more than {limit >> 16} MiB: write less, or several files"
+                )
         return json.loads("".join(parts))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None

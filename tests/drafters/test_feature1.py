@@ -36,7 +36,8 @@ from outrider.train.methods.registry import METHODS
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
 from tests.covering import covering, slow_beyond
-from tests.drafters.test_drafters_learned import GROWTHS, TARGET, H, Seen, V, decode, states
+from tests.drafters.networks import TARGET, H, V
+from tests.drafters.test_drafters_learned import GROWTHS, Seen, decode, states
 
 LAST = (3,)
 SUPPORT = torch.tensor([1, 2, 3, 5, 8, 11, 13, 17])

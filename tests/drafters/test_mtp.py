@@ -15,6 +15,7 @@ from outrider.build import Engine, build_engine
 from outrider.cli.doctor import examine
 from outrider.control.fixed import Fixed
 from outrider.drafters.combine import FirstOf
+from outrider.drafters.context import Backlog
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.forward import NativeForward, forward_of
 from outrider.drafters.mtp.format import carried
@@ -34,7 +35,8 @@ from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
 from tests.checkpoints_mtp import FAMILIES, LAYERS, NAMES, VOCAB, make_with_head, to_float8
 from tests.drafters.drafting import Seen
-from tests.drafters.test_drafters_learned import GROWTHS, TARGET, H, V, decode, states
+from tests.drafters.networks import TARGET, H, V
+from tests.drafters.test_drafters_learned import GROWTHS, decode, states
 from tests.plain_text import assert_plain_text
 
 PROMPTS = [[7, 3, 11, 5, 2, 9, 4], [12, 8], [5] * 6]
@@ -141,7 +143,8 @@ def test_checkpoints_heads_are_the_equations_and_their_text_the_targets(
     drafter.growth = seen = Seen(Levels(levels((1,) * length), VOCAB))  # type: ignore[assignment]
     drafter.bind(2, 40)
     caches = [drafter.cache, *(later.cache for later in getattr(drafter, "later", ()))]
-    assert len(caches) == heads and sum(cache.bytes for cache in caches) == drafter.cache_need(2, 40).fixed
+    waiting = Backlog.size(2, 1, drafter.model.config.target_hidden, drafter.model.fc.weight.dtype)
+    assert len(caches) == heads and sum(cache.bytes for cache in caches) + waiting == drafter.cache_need(2, 40).fixed
     engine = Engine(target, drafter, load_rule("speculative_sampling"), Fixed(length), slots=2, max_length=40, chunk=5)
     p = [SamplingParams(temperature=1.0, max_tokens=9, seed=i, ignore_eos=True) for i in range(len(PROMPTS))]
     engine.generate(PROMPTS, p)

@@ -29,8 +29,9 @@ from outrider.models.load import load_target
 from outrider.models.toy import TinyLM
 from tests.checkpoints import make_checkpoint
 from tests.drafters.drafting import Seen
-from tests.drafters.test_drafters_learned import GROWTHS, TAPS, TARGET, H, V, decode, feature_model, states
-from tests.drafters.test_drafters_learned import heads as medusa_heads
+from tests.drafters.networks import TAPS, TARGET, H, V, feature_model
+from tests.drafters.networks import heads as medusa_heads
+from tests.drafters.test_drafters_learned import GROWTHS, decode, states
 from tests.drafters.test_native_drafts import LIBRARY, TOLERANCE, WIDE, double, filled
 from tests.drafters.test_native_drafts import V as MANY
 from tests.plain_text import assert_plain_text

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
+from outrider.build import Engine
+from outrider.control.fixed import Fixed
 from outrider.drafters import context
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.nn.drafts import Rows
+from outrider.params import SamplingParams
+from outrider.types import Draft, Evidence
+from outrider.verify import load_rule
 from tests.drafters.drafting import Pausing, Seen, check_parity
-from tests.drafters.test_drafters_learned import GROWTHS, decode, feature_model, states
+from tests.drafters.networks import TARGET, feature_model
+from tests.drafters.test_drafters_learned import GROWTHS, decode, states
+
+
+def test_rows_that_wait_are_in_the_memory_that_a_drafter_asks_for() -> None:
+    """As many as may wait in every slot, with the hidden states of every layer that is read; one more row is read at once."""
+    held = [0]
+
+    class Weighing(EagleDrafter):
+        def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
+            found = super().draft(evidence, budget)
+            kept = [t for h in self.backlog._held.values() for taps in h.taps for t in taps]
+            held[0] = max(held[0], sum(t.numel() * t.element_size() for t in kept))
+            return found
+
+    drafter = Weighing(feature_model(), GROWTHS["chain"]())
+    engine = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(0), slots=3, max_length=100, eos=())
+    engine.generate([[1], [2], [3]], [SamplingParams(max_tokens=context.MOST_HELD + 5, seed=i) for i in range(3)])
+    assert drafter.cache_need(3, 100).fixed == drafter.cache.bytes + held[0]
 
 
 @pytest.mark.parametrize("most", [0, 3, 64])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -76,6 +77,21 @@ def test_with_match_pictures_are_those_of_plain_sampling(draft: str) -> None:
     assert painter.engine.defects == 0
     assert {len(d.tokens) for d in drawn} == {64}
     assert max(t for d in drawn for t in d.tokens) < 17
+
+
+def test_a_picture_that_is_made_of_all_its_tokens_is_not_shown_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drawn of it; what is shown is the share of tokens that there are. Others are drawn as they grow."""
+    from outrider.cli import image, terminal
+
+    told, drawn = list[float](), list[list[list[int]]]()
+    monkeypatch.setattr(terminal, "loading", lambda said: contextlib.nullcontext(told.append))
+    monkeypatch.setattr(image.Progress, "__call__", lambda self, tokens: drawn.append(tokens))
+    raster = Raster(2, 2, np.zeros((3, 2, 2), np.uint8), {"a": 3}, 4, 2.0)
+    for whole in (True, False):
+        with image.shown(raster, 2, whole=whole) as show:
+            show([[1], [1, 2]])
+            show([[1, 2, 0, 0], [1, 2, 1, 1]])
+    assert told == [3 / 8, 1.0] and drawn == [[[1], [1, 2]], [[1, 2, 0, 0], [1, 2, 1, 1]]]
 
 
 def test_length_0_draws_plainly_whatever_drafts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from outrider.cli.sweep_kinds import kinds
 from outrider.errors import ConfigError
-from outrider.evaluate.sweep.cells import folders_in, identity
+from outrider.evaluate.sweep.cells import data_of, folders_in, identity
 from outrider.evaluate.sweep.plan import MAX_CELLS, read_plan, same_but_seed
 
 SPEED = "{kind: bench, metric: speed, arms: {plain: {draft: none}, two: {length: 2}}"
@@ -124,6 +125,15 @@ def test_no_plan_makes_anything_but_a_sentence(tmp_path_factory: pytest.TempPath
     path.write_text(yaml.safe_dump({"cells": [{"kind": "bench", "grid": found}, found]}))
     with pytest.raises(ConfigError):
         read_plan(path, kinds())
+
+
+def test_a_pipe_is_no_data_of_cells() -> None:
+    """Every cell reads it anew, in whatever process: the second would find nothing."""
+    end, start = os.pipe()
+    with pytest.raises(ConfigError, match="is a pipe, and every cell reads it anew: write it to a file"):
+        data_of([Path(f"/dev/fd/{end}")])
+    os.close(start)
+    os.close(end)
 
 
 def test_folders_of_a_draft(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
+from outrider.errors import ConfigError
 from outrider.evaluate.bench import spec_bench as sb
 from outrider.evaluate.measure import Arm, run_arms, run_group
 from outrider.evaluate.records import Record
@@ -85,10 +86,48 @@ def test_writing_the_next_prompt_is_no_part_of_the_measured_time(monkeypatch: py
     assert len(record.outputs) == 3 and record.seconds < 3600 and all(t.end < 3600 for t in record.timings)
 
 
-def test_a_turn_that_does_not_fit_is_a_failure_and_ends_its_dialogue() -> None:
-    long = lambda replies: [1] * 200 if len(replies) == 1 else [2]  # noqa: E731
-    record = run_group(Arm("a", toy(2)), [[1], [2]], [ASK, ASK], (0, 0, 0), [long, None])
-    assert record.failed == 1 and [len(o) for o in record.outputs] == [7, 0, 7] and len(record.timings) == 2
+def refused(replies: Sequence[Sequence[int]]) -> list[int] | None:
+    raise ConfigError("the target's chat template refuses it")
+
+
+@pytest.mark.parametrize(
+    ("later", "said"),
+    [
+        (lambda replies: [1] * 96, "its 96 tokens do not fit into a context of 96"),
+        (refused, "the target's chat template refuses it"),
+    ],
+)
+def test_a_turn_that_cannot_be_asked_behind_its_replies_ends_its_dialogue(
+    later, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That is chance and no failure: another arm's replies may be shorter. It is told, and the others of its group go on."""
+    record = run_group(Arm("a", toy(2)), [[1], [2]], [ASK, ASK], (0, 0, 0), [later, again(1)])
+    assert (record.failed, record.shortened) == (0, 1)
+    assert [len(o) for o in record.outputs] == [7, 7, 7] and len(record.timings) == 3
+    assert [r.getMessage() for r in caplog.records] == [
+        f"turn 2 of conversation 1 and all behind it are left out: {said}"
+    ]
+    assert Record.from_dict(asdict(record)) == record
+
+
+def test_a_later_turn_that_the_engine_refuses_is_a_failure() -> None:
+    record = run_group(Arm("a", toy(2)), [[1]], [ASK], (0, 0, 0), [lambda replies: [999]])
+    assert (record.failed, record.shortened, record.outputs[1]) == (1, 0, ())
+
+
+def test_turns_that_the_template_refuses_whatever_is_replied_are_refused_at_the_start(speaker, tmp_path) -> None:  # noqa: F811
+    rows = load_rows(written(tmp_path, {"prompt": "ho"}, {"turns": ["hi", "FORBIDDEN"]}), 9)
+    tokenizer = speaker.tokenizer
+    kept = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% if 'FORBIDDEN' in messages[-1]['content'] %}{{ raise_exception('no') }}{% endif %}" + kept
+    )
+    try:
+        with pytest.raises(ConfigError, match=r"prompt 2: the target's chat template refuses it \(no\)"):
+            ready(speaker, tmp_path, rows, whole=True)
+        assert len(ready(speaker, tmp_path, rows).ids) == 2  # its first turn alone is asked
+    finally:
+        tokenizer.chat_template = kept
 
 
 def test_every_arm_goes_on_from_its_own_replies() -> None:

@@ -143,13 +143,15 @@ def through_a_pipe(text: str) -> Path:
         ('\n  {"prompt": "a"}\n', ["a"]),
         ('[{"prompt": "a"}, {"prompt": "b"}]', ["a", "b"]),
         ('[\n {"prompt": "a"}\n]\n', ["a"]),
+        ('{\n "prompt": "a"\n}\n', ["a"]),
+        ("{\n  return x;\n}", ["{", "  return x;", "}"]),
         ("one\ntwo\n", ["one", "two"]),
         ("[INST] one [/INST]\n", ["[INST] one [/INST]"]),
         ("{not an object}\n", ["{not an object}"]),
         ("7\n", ["7"]),
     ],
 )
-def test_what_comes_through_a_pipe_is_told_by_its_first_line(text: str, prompts: list, tmp_path: Path) -> None:
+def test_what_comes_through_a_pipe_is_told_by_what_it_holds(text: str, prompts: list, tmp_path: Path) -> None:
     pipe = through_a_pipe(text)
     assert load_prompts(pipe, 9) == prompts
     with pytest.raises(ConfigError, match="no prompts found"):
@@ -160,6 +162,25 @@ def test_what_comes_through_a_pipe_is_told_by_its_first_line(text: str, prompts:
     assert load_prompts(named, 9) == [line for line in text.splitlines() if line.strip()], (
         "a name that tells is believed"
     )
+
+
+@pytest.mark.parametrize("text", ["[]", " [\n]\n", ""])
+def test_a_list_without_prompts_is_none(text: str, tmp_path: Path) -> None:
+    pipe, named = through_a_pipe(text), tmp_path / "prompts.json"
+    named.write_text(text)
+    for path in (pipe, named):
+        with pytest.raises(ConfigError, match="no prompts found"):
+            load_prompts(path, 9)
+    os.close(int(pipe.name))
+
+
+def test_an_object_over_several_lines_is_one_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text('{\n  "prompt": "a"\n}\n')
+    assert load_prompts(path, 9) == ["a"]
+    path.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(ConfigError, match=r"prompts\.json:2: not JSON"):
+        load_prompts(path, 9)
 
 
 def test_questions_are_of_the_rows_that_were_read(tmp_path: Path) -> None:

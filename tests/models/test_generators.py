@@ -98,6 +98,7 @@ def size_of(folder: Path) -> tuple[int, int] | None:
 
 
 def painter_of(folder: Path, draft: str = "none", **options: Any) -> Painter:
+    options = {"dtype": "float32"} | options
     return load_painter(folder, draft, length=4 if draft != "none" else 0, size=size_of(folder), **options)
 
 

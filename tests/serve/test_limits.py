@@ -201,11 +201,11 @@ def test_a_full_server_refuses_before_any_work() -> None:
     async def play() -> None:
         await bridge.start()
         bridge.reserve(2)
-        start = time.perf_counter()
+        start = time.thread_time()  # of this thread alone, however busy the machine is
         for _ in range(1000):
             with pytest.raises(Overloaded):
                 bridge.reserve(1)
-        assert time.perf_counter() - start < 0.5  # 0.5 ms each, where 50 ms are allowed
+        assert time.thread_time() - start < 0.5  # 0.5 ms each, where 50 ms are allowed
         for ticket in list(bridge.tickets.values()):
             bridge.release(ticket)
         await bridge.close(0.1)

@@ -9,7 +9,6 @@ import asyncio
 import json
 import random
 import socket
-import time
 from collections import Counter
 from typing import Any
 
@@ -77,7 +76,10 @@ def test_nothing_leaks_and_the_books_balance(count: int) -> None:
     with serving(engine=toy(SLOTS), fixed=True, limits=Limits(queue=24)) as running:
         seen = Counter(asyncio.run(chaos(running.port, count, 20, seed=count)))
         bridge, metrics = running.bridge, running.bridge.metrics
-        worker, scheduler = bridge.worker, bridge.engine.scheduler  # a slot is free a moment before its last event is handed out
+        worker, scheduler = (
+            bridge.worker,
+            bridge.engine.scheduler,
+        )  # a slot is free a moment before its last event is handed out
         until(lambda: not bridge.tickets and scheduler.free == SLOTS and not worker.routes and not worker.queued, 20)
         assert bridge.held == 0 and not bridge.engine.busy
         assert sum(bridge.engine.parts.kv.length) == 0  # every block is back
@@ -94,49 +96,48 @@ def test_nothing_leaks_and_the_books_balance(count: int) -> None:
 
 
 def test_a_closed_socket_frees_its_slot_at_once() -> None:
-    """Most within a quarter of a second beside other work; `test_nightly.py` has the percentiles."""
-    with serving(engine=toy(SLOTS), fixed=True) as running:
-        scheduler, times = running.bridge.engine.scheduler, list[float]()
+    """None is decoded to its end, which takes 10 s and more; `test_nightly.py` has the percentiles of the time it takes."""
+    with serving(engine=toy(SLOTS, pause=0.02), fixed=True) as running:
+        scheduler, outcomes = running.bridge.engine.scheduler, running.bridge.metrics.outcomes
         for _ in range(20):
-            sock = running.stream({**BODY, "max_tokens": 900})
-            start = time.monotonic()
-            sock.close()
+            running.stream({**BODY, "max_tokens": 900}).close()
             until(lambda: scheduler.free == SLOTS, 10)
-            times.append(time.monotonic() - start)
-        assert sorted(times)[18] < 0.25, times
+        until(lambda: sum(outcomes.values()) == 20)
+        assert outcomes["abort"] == 20, outcomes
 
 
-async def flood(port: int, rate: float, seconds: float) -> list[tuple[int, dict[str, str], float]]:
-    """Open loop: arrivals at `rate` a second whatever the server does; status, headers and seconds of each reply."""
+async def flood(port: int, count: int) -> list[tuple[int, dict[str, str]]]:
+    """Status and headers of so many replies, all asked for at once."""
 
-    async def one() -> tuple[int, dict[str, str], float]:
-        start = time.monotonic()
+    async def one() -> tuple[int, dict[str, str]]:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(request({**BODY, "max_tokens": 200}))
+        writer.write(request(BODY))
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
-        took = time.monotonic() - start
         await reader.read()
         writer.close()
-        return int(head[0].split()[1]), dict(x.split(": ", 1) for x in head[1:] if ": " in x), took
+        return int(head[0].split()[1]), dict(x.split(": ", 1) for x in head[1:] if ": " in x)
 
-    tasks = []
-    for _ in range(int(rate * seconds)):
-        tasks.append(asyncio.create_task(one()))
-        await asyncio.sleep(1 / rate)
-    return await asyncio.gather(*tasks)
+    return await asyncio.gather(*(one() for _ in range(count)))
 
 
 def test_overload_is_refused_politely() -> None:
-    """Far more than one slot can serve: every refusal is a 429 with Retry-After, and none waits behind the work."""
-    with serving(engine=toy(1), fixed=True, limits=Limits(queue=3, queue_seconds=20)) as running:
-        replies = asyncio.run(flood(running.port, 100, 2.0))
+    """The one slot and the whole queue are taken: everyone else gets a 429 with Retry-After, and none waits behind the work, of
+    which there are 30 s and more."""
+    with serving(engine=toy(1, pause=0.05), fixed=True, limits=Limits(queue=3, queue_seconds=600)) as running:
+        first = [running.stream({**BODY, "max_tokens": 900})]
+        for _ in range(3):
+            sock = socket.create_connection(("127.0.0.1", running.port), timeout=30)
+            sock.sendall(request({**BODY, "max_tokens": 900}))
+            first.append(sock)
+        until(lambda: running.bridge.held == 4)
+        replies = asyncio.run(flood(running.port, 100))
+        assert Counter(status for status, _ in replies) == {429: 100}
+        assert all(int(headers["retry-after"]) >= 1 for _, headers in replies)
+        assert running.bridge.held == 4, "those who came first go on"
+        for sock in first:
+            sock.close()
         until(lambda: running.bridge.held == 0, 20)
-        refused = [r for r in replies if r[0] != 200]
-        assert {status for status, *_ in refused} <= {429, 503} and len(refused) > 0.3 * len(replies)
-        assert all(int(headers["retry-after"]) >= 1 for _, headers, _ in refused)
-        assert sorted(took for *_, took in refused)[len(refused) // 2] < 0.25
-        assert any(status == 200 for status, *_ in replies)
-        assert running.call("GET", "/ready")[0] == 200
+        assert running.call("GET", "/ready")[0] == running.call("POST", "/v1/completions", BODY)[0] == 200
 
 
 def test_stalled_readers_cost_little_and_delay_nobody() -> None:
@@ -149,9 +150,7 @@ def test_stalled_readers_cost_little_and_delay_nobody() -> None:
             for _ in range(readers):
                 socks.append(running.stream({**BODY, "max_tokens": 400}))
             until(lambda: running.bridge.engine.scheduler.free == readers + 2, 60)  # the engine waits for no socket
-            start = time.monotonic()
             assert running.call("POST", "/v1/completions", one)[0] == 200
-            assert time.monotonic() - start < 5
             assert memory_bytes() - before < readers * 256 * 1024 + 32e6
         finally:
             for sock in socks:

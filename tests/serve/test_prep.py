@@ -54,7 +54,12 @@ def test_expressions_that_may_loop_are_wild(pattern: str) -> None:
 def test_json_is_judged_before_it_is_read() -> None:
     check(b'"' + b'\\"' * 500_000, 0)  # a text that does not end is looked at once
     check(b'{"a": "[[[[,,,,\\"{{{{", "b": [1, 2]}', 2)  # what stands in texts is no structure
-    for data in (b"[" + b"1," * 100 + b"1]", b"[" + b"[]," * CONTAINERS + b"1]", b"[" * 40 + b"]" * 40, b"]" * (CONTAINERS + 1)):
+    for data in (
+        b"[" + b"1," * 100 + b"1]",
+        b"[" + b"[]," * CONTAINERS + b"1]",
+        b"[" * 40 + b"]" * 40,
+        b"]" * (CONTAINERS + 1),
+    ):
         with pytest.raises(BadField):
             check(data, 99)
     with pytest.raises(BadField, match="keys"):
@@ -151,19 +156,18 @@ def test_a_grammar_that_does_not_end_costs_its_own_request_alone(
     monkeypatch.setattr(prep_module, "GRAMMAR_SECONDS", 0.5)
     bad = "json:" + json.dumps({"allOf": [{"type": "integer", "multipleOf": 10007}, {"multipleOf": 10009}]})
 
-    async def work(prep: Prep) -> float:
+    async def work(prep: Prep) -> None:
         await prep.try_grammar('json:{"type": "null"}')
         with pytest.raises(RequestError, match="cannot be compiled within"):
             await prep.try_grammar(bad)
         await prep.try_grammar('json:{"type": "boolean"}')
         with pytest.raises(RequestError, match="cannot be read|cannot be used"):
             await prep.try_grammar("regex:(")
-        start = time.monotonic()
-        with pytest.raises(RequestError):
+        monkeypatch.setattr(prep.grammars, "do", None)  # who tries again falls over it
+        with pytest.raises(RequestError, match="cannot be compiled within"):
             await prep.try_grammar(bad)
-        return time.monotonic() - start
 
-    assert within(work, tokenizer) < 0.4  # it was not tried again
+    within(work, tokenizer)
 
 
 def test_a_grammar_that_a_busy_machine_gave_up_is_tried_again_later(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,20 @@ def test_rows_of_text(tmp_path: Path) -> None:
     assert [d.text for d in found] == ["one", "two", "three\nfour", "five"]
     written = read_corpus([path], render=lambda m: "|".join(x["role"] for x in m.messages))
     assert written[2].text == "user|assistant"
+
+
+@pytest.mark.parametrize(
+    ("written", "texts"), [('\n{"text": "one"}\n{"prompt": "two"}\n', ["one", "two"]), ("one\ntwo\n", ["one\ntwo\n"])]
+)
+def test_text_comes_through_a_pipe(written: str, texts: list[str]) -> None:
+    """It is read once, and is rows if its first line is an object."""
+    end, start = os.pipe()
+    os.write(start, written.encode())
+    os.close(start)
+    assert [d.text for d in read_corpus([f"/dev/fd/{end}"])] == texts
+    with pytest.raises(ConfigError, match="not UTF-8 text, or empty"):
+        read_corpus([f"/dev/fd/{end}"])
+    os.close(end)
 
 
 def test_a_completion_follows_its_prompt(tmp_path: Path) -> None:

@@ -46,7 +46,10 @@ def prepare(e: Any, path: Path) -> tuple[list[Any], Any]:
     rows = load_rows(prompts, e.count)
     if len(rows) < e.batch * 5:
         raise ConfigError(f"{path}: {len(rows)} prompts make fewer than five groups of {e.batch}: add prompts")
-    engine = load_engine(EngineOptions(target=paths.model(e.target), dtype=e.dtype, slots=e.batch, allow_lossy=lossy))
+    options = EngineOptions(target=paths.model(e.target), dtype=e.dtype, slots=e.batch, allow_lossy=lossy)
+    engine = load_engine(
+        options.changed(prefix_cache=False)
+    )  # as `bench`: prompts that come again cost what they cost first
     # replay follows continuations of the first turn: no reply of an arm's own comes into them
     return build_arms(engine, e), ready(engine, prompts, rows, e.chat_template, whole=not e.replay)
 

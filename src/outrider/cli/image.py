@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +21,7 @@ from outrider.errors import ConfigError
 from outrider.options import EngineOptions
 
 
-@takes(ENGINE, "options", only=("draft", "length", "rule", "allow_lossy"), length=5)
+@takes(ENGINE, "options", only=("draft", "length", "rule", "allow_lossy", "dtype"), length=5)
 @takes(ImageOptions, "asked")
 @takes(SAMPLING, "sampling", only=("temperature",))
 def image(options: EngineOptions, asked: ImageOptions, sampling: Any, json: Json = False) -> None:
@@ -52,6 +54,7 @@ def image(options: EngineOptions, asked: ImageOptions, sampling: Any, json: Json
             guidance=asked.guidance,
             slots=min(asked.count, 16),
             allow_lossy=options.allow_lossy,
+            dtype=options.dtype,
             size=size_of(asked.size),
         )
     jobs = wanted(asked, painter.raster)
@@ -60,11 +63,8 @@ def image(options: EngineOptions, asked: ImageOptions, sampling: Any, json: Json
     columns = math.ceil(math.sqrt(asked.count))
     high, wide = grid([painter.raster.pixels([])] * asked.count, columns).shape[:2]
     check_size((high * scale, wide * scale))  # before anything is drawn
-    show = Progress(painter.raster, columns)
-    try:
+    with shown(painter.raster, columns, whole=described) as show:
         drawings = painter.draw(jobs, sampling.temperature, show)
-    finally:
-        show.end()
     pictures = [d.coloured() if asked.colour else d.picture() for d in drawings]
     write_whole(asked.out, png(enlarged(grid(pictures, columns), scale)))
     document = document_of(painter.engine, asked)
@@ -120,6 +120,21 @@ def print_document(d: dict[str, Any]) -> None:
         f"rejections: predicted {book['predicted']:.1f}, observed {book['observed']}, expected within {book['low']:.0f} to "
         f"{book['high']:.0f}" + ("" if d["lossless"] else f"; distance from the model spent: {d['bias']:.2f}")
     )
+
+
+@contextmanager
+def shown(raster: Any, columns: int, *, whole: bool) -> Iterator[Callable[[list[list[int]]], None]]:
+    """Shows how far drawing is; yields what is called with the tokens of all pictures so far. whole: a model decodes pictures of
+    all their tokens alone, so that there is none to look at before the end: their share is shown instead."""
+    if whole:
+        with terminal.loading("drawing; there is a picture once it has all its tokens") as tell:
+            yield lambda tokens: tell(sum(map(len, tokens)) / (len(tokens) * raster.tokens))
+        return
+    show = Progress(raster, columns)
+    try:
+        yield show
+    finally:
+        show.end()
 
 
 class Progress:

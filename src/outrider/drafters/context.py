@@ -83,6 +83,11 @@ class Backlog:
         self._context = context
         self._held: dict[int, _Held] = {}
 
+    @staticmethod
+    def size(slots: int, places: int, width: int, dtype: torch.dtype) -> int:
+        """Bytes of rows that wait for `slots` sequences at most, with hidden states of `places` layers, `width` numbers each."""
+        return slots * MOST_HELD * places * width * dtype.itemsize
+
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
         for slot in slots:

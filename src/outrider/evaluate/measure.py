@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import random
 import resource
@@ -24,6 +25,7 @@ from outrider.moved import names_of
 from outrider.noise import derive_seed
 from outrider.params import SamplingParams
 
+logger = logging.getLogger(__name__)
 Thing = TypeVar("Thing")
 Later = Callable[[Seq[Seq[int]]], list[int] | None]
 """What is asked behind replies (token ids), such as `workloads.Asked`: the next prompt; None behind the last."""
@@ -61,12 +63,12 @@ class _Turn:
 
 class _Group:
     """The requests of a group, and what is asked behind their replies. Its clock stands while a next prompt is written: that is no
-    decoding. failed: requests that ended with an error or were refused."""
+    decoding. failed: requests that ended with an error or were refused. shortened: see `Record`."""
 
     def __init__(self, engine: Engine, params: Seq[SamplingParams], later: Seq[Later | None]) -> None:
         self._engine, self._params, self._later = engine, params, later
         self.turns: dict[str, _Turn] = {}
-        self.failed = 0
+        self.failed = self.shortened = 0
         self._start, self._away = perf_counter(), 0.0
 
     @property
@@ -107,9 +109,17 @@ class _Group:
             return
         start = perf_counter()
         replies = [self.turns[f"measured-{number}-{t}"].tokens[0] for t in range(turn + 1)]
-        prompt = later(replies)
+        try:
+            prompt, why = later(replies), ""
+        except ConfigError as error:  # the template's: of what the model has replied
+            prompt, why = None, str(error)
         self._away += perf_counter() - start
-        if prompt is not None:
+        if prompt is not None and len(prompt) >= self._engine.max_length:
+            why = f"its {len(prompt)} tokens do not fit into a context of {self._engine.max_length}"
+        if why:
+            self.shortened += 1
+            logger.warning("turn %d of conversation %d and all behind it are left out: %s", turn + 2, number + 1, why)
+        elif prompt is not None:
             self.ask(number, prompt, turn + 1)
 
 
@@ -149,6 +159,7 @@ def run_group(
         phases=phases,
         counts=counts,
         failed=group.failed,
+        shortened=group.shortened,
         timings=tuple(t for turn in group.turns.values() for t in turn.timings()),
         loops=sum(ends_in_a_loop(text) for _, text in texts),
         outputs=tuple(tuple(text) for _, text in texts),

@@ -35,6 +35,8 @@ class Record:
     joules: energy of the machine's processors meanwhile, where it reports it. machine: where and with what it ran (`machine`).
     replayed: target calls per token that replay expects of this arm along continuations that no arm wrote (`continuations`).
     asked: the prompts of the outputs, where some were made of replies; otherwise they are those of the group, and it is empty.
+    shortened: dialogues that ended before their last turn, since behind these replies it did not fit into the context, or the chat
+    template refused it: chance, not a failure of the arm.
     """
 
     arm: str
@@ -54,6 +56,7 @@ class Record:
     machine: Mapping[str, Any] = field(repr=False, default_factory=dict)
     replayed: float | None = None
     asked: tuple[tuple[int, ...], ...] = field(repr=False, default=())
+    shortened: int = 0
 
     @property
     def key(self) -> Key:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from outrider.assets import chat_prompts_file, prompts_file
 from outrider.conversations import Conversation, answer_in, conversation_in, has_template, prompt_ids
 from outrider.errors import ConfigError
-from outrider.files import json_rows, parse_json, read_text
+from outrider.files import first_is_object, json_rows, parse_json, read_text
 
 MAX_BYTES = 1 << 28
 Written = str | Conversation
@@ -65,7 +66,7 @@ def load_rows(path: Path | None, count: int) -> list[Row]:
 
     JSONL rows, or the objects of a JSON list, carry `prompt`, or `turns` (Spec-Bench), or `question`, or a conversation:
     `messages`, ShareGPT's `conversations`, a `prompt` of messages, or the `body` of OpenAI's batch files, up to the last message
-    that an answer follows; and if you like a `completion`. Where a name has no ending, such as a pipe's, the first line tells.
+    that an answer follows; and if you like a `completion`. Where a name has no ending, such as a pipe's, what it holds tells.
     """
     found = _read(prompts_file() if path is None else path)
     if not found:
@@ -89,8 +90,8 @@ def ready(engine: Any, path: Path | None, rows: Sequence[Row], template: bool = 
     """Prompts for an engine's target: by its chat template, where it has one and `template` says so, else as texts.
 
     With a template a text is a user's message, and where no file was named (`path` None) the shipped questions take the place of
-    the shipped code. whole: all turns of a row are asked, not its first alone. Raises ConfigError for a prompt that the template
-    refuses.
+    the shipped code. whole: all turns of a row are asked, not its first alone. Raises ConfigError for a prompt, or a later turn,
+    that the template refuses.
     """
     spoken = template and has_template(engine.tokenizer)
     name = "the shipped code" if path is None else str(path)
@@ -101,6 +102,9 @@ def ready(engine: Any, path: Path | None, rows: Sequence[Row], template: bool = 
     if further := sum(len(row.turns) for row in rows):
         data["later_turns" if whole else "turns_left_out"] = further
     later = [one if whole and one.row.turns else None for one in asked]
+    for one in later:
+        if one is not None:
+            one.check()
     return Ready([one.ids(one.row.talk) for one in asked], data, list(rows), later)
 
 
@@ -124,12 +128,20 @@ class Asked:
         """The prompt behind the model's own replies (token ids), each up to its first end of text; None behind the last."""
         if len(replies) > len(self.row.turns):
             return None
+        ends = [next((i for i, t in enumerate(reply) if t in self.engine.eos), len(reply)) for reply in replies]
+        decode = partial(self.engine.tokenizer.decode, skip_special_tokens=True)
+        return self._behind([decode(list(reply[:end])) for reply, end in zip(replies, ends, strict=True)])
+
+    def _behind(self, replies: Sequence[str]) -> list[int]:
         talk = self.row.talk
         for reply, turn in zip(replies, self.row.turns, strict=False):
-            end = next((i for i, token in enumerate(reply) if token in self.engine.eos), len(reply))
-            said = self.engine.tokenizer.decode(list(reply[:end]), skip_special_tokens=True)
-            talk = talk.said("assistant", said).said("user", turn)
+            talk = talk.said("assistant", reply).said("user", turn)
         return self.ids(talk)
+
+    def check(self) -> None:
+        """Raise ConfigError for a row whose later turns the template refuses whatever is replied."""
+        for turn in range(len(self.row.turns) if self.spoken else 0):
+            self._behind(["Yes."] * (turn + 1))
 
 
 def told(data: Mapping[str, Any]) -> str:
@@ -144,22 +156,33 @@ def told(data: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> list[Row]:
     text = read_text(path, MAX_BYTES)
-    if path.suffix not in (".jsonl", ".json") and not (path.suffix == "" and _is_json(text)):
+    whole = None if path.suffix == ".jsonl" else _whole(text)
+    if path.suffix not in (".jsonl", ".json") and not (path.suffix == "" and _is_json(text, whole)):
         return [Row(line) for line in text.splitlines() if line.strip()]
-    if path.suffix != ".jsonl" and text.lstrip()[:1] == "[":
-        found = parse_json(text, path)
-        return [_row(row, f"{path}: number {i}") for i, row in enumerate(found, 1)]
+    if path.suffix != ".jsonl" and (whole is not None or text.lstrip()[:1] == "["):
+        found = parse_json(text, path) if whole is None else whole
+        return [
+            _row(row, f"{path}: number {i}") for i, row in enumerate([found] if isinstance(found, dict) else found, 1)
+        ]
     return [_row(row, where) for where, row in json_rows(text, path)]
 
 
-def _is_json(text: str) -> bool:
-    """Whether a text whose name does not tell is JSON: its first line is an object, or it is a list that begins with one."""
-    first = next((line.strip() for line in text.split("\n") if line.strip()), "")
+def _whole(text: str) -> list[Any] | dict[str, Any] | None:
+    """The one list or object that a text is, over however many lines; None for any other text, JSON lines too."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
     try:
-        found = json.loads(first)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return first == "[" or first.startswith(("[{", "[ {"))
-    return isinstance(found, dict) or (isinstance(found, list) and bool(found) and isinstance(found[0], dict))
+        return None
+
+
+def _is_json(text: str, whole: list[Any] | dict[str, Any] | None) -> bool:
+    """Whether a text without a telling name is JSON: it is an object or a list of them, or begins as these or JSON lines do."""
+    if whole is not None:
+        return isinstance(whole, dict) or not whole or isinstance(whole[0], dict)
+    first = next((line.strip() for line in text.split("\n") if line.strip()), "")
+    return first == "[" or first.startswith(("[{", "[ {")) or first_is_object(text)
 
 
 def _row(fields: Any, where: str) -> Row:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from outrider.conversations import Conversation, answer_in, conversation_in
 from outrider.errors import ConfigError
-from outrider.files import read_bytes
+from outrider.files import first_is_object, read_bytes
 from outrider.train.data import MAX_BYTES, Document, deduplicate, find_documents, normalise
 
 
@@ -26,19 +27,25 @@ def read_corpus(
     A folder gives all its readable files that match `pattern`. A `.jsonl` file gives a text per row: its `text`, its
     `prompt`, or its conversation (`messages`, `conversations`) as `render` writes it (None: its contents, one per line). A
     `completion` follows its prompt: as the answer of that conversation, or without `render` as one text with it. Any other
-    file is one text. A row that is none of these raises ConfigError with file and line, unless `skip_bad`.
+    file is one text. A pipe is read once; it gives rows if its first line is an object of JSON. A row that is none of these raises
+    ConfigError with file and line, unless `skip_bad`.
     """
     found: list[Document] = []
     paths = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     for path in paths:
         if path.is_dir():
             found += find_documents(path, pattern)
-        elif not path.is_file():
+        elif not path.exists():
             raise ConfigError(f"{path}: no such file or folder; name text files, JSON lines or folders of text")
-        elif path.suffix == ".jsonl":
-            found += _rows(path, skip_bad, render, report)
+        elif path.is_file() and path.suffix == ".jsonl":
+            with path.open("rb") as lines:
+                found += _rows(path, lines, skip_bad, render, report)
         else:
-            text = normalise(read_bytes(path, MAX_BYTES))
+            data = read_bytes(path, MAX_BYTES)
+            if not path.is_file() and first_is_object(data):
+                found += _rows(path, io.BytesIO(data), skip_bad, render, report)
+                continue
+            text = normalise(data)
             if text is None:
                 raise ConfigError(f"{path}: not UTF-8 text, or empty")
             found.append(Document(path.name, text))
@@ -48,22 +55,25 @@ def read_corpus(
 
 
 def _rows(
-    path: Path, skip_bad: bool, render: Callable[[Conversation], str] | None, report: Callable[[str], None]
+    path: Path,
+    lines: BinaryIO,
+    skip_bad: bool,
+    render: Callable[[Conversation], str] | None,
+    report: Callable[[str], None],
 ) -> Iterator[Document]:
     bad = 0
     size = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), 1):
-            if (size := size + len(line)) > MAX_BYTES:
-                raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB; split it")
-            if not line.strip():
-                continue
-            try:
-                yield Document(f"{path.name}:{number}", _text(line, render))
-            except ValueError as error:
-                if not skip_bad:
-                    raise ConfigError(f"{path}:{number}: {error}; mend it, or skip bad rows") from None
-                bad += 1
+    for number, line in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), 1):
+        if (size := size + len(line)) > MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB; split it")
+        if not line.strip():
+            continue
+        try:
+            yield Document(f"{path.name}:{number}", _text(line, render))
+        except ValueError as error:
+            if not skip_bad:
+                raise ConfigError(f"{path}:{number}: {error}; mend it, or skip bad rows") from None
+            bad += 1
     if bad:
         report(f"{path.name}: {bad} bad rows skipped")
 

@@ -72,9 +72,10 @@ def test_vllm(vllm: Callable[..., Any], port: int) -> None:
         )  # the fault of 0.32 on CPU: docs/audit.md
         replay = found["replay"]
         print(f"rejections: {replay}")
-        assert (
-            replay["observed"] > replay["greedy"][2] + replay["texts"]
-        )  # the same fault rejects what an exact rule keeps
+        # The same fault rejects what an exact rule keeps. With an exact rule this would be seen with a probability of 0.5% at most:
+        # the end of a 99% interval, and one more rejection for every text. With the fault 308 were seen where 140 were expected
+        # (docs/watch.md): more than five standard errors above what is asked for, less than one run in a million misses it.
+        assert replay["observed"] > replay["greedy"][2] + replay["texts"]
         assert asked.budget.spent <= 1200 and found["acceptance"]["by_length"]
         settled(watch, server)
         before = watch.lifetime()

@@ -64,10 +64,10 @@ class DFlashDrafter:
         self.backlog = Backlog(self.context)
 
     def cache_need(self, slots: int, length: int) -> CacheNeed:
-        """What `bind` allocates."""
+        """What `bind` allocates, and rows that are put aside."""
         c, dtype = self.model.config, self.model.fc.weight.dtype
         size = RowCache.size(c.layers, slots, c.kv_heads, length + self._size, c.head_dim, dtype)
-        return CacheNeed(fixed=size)
+        return CacheNeed(fixed=size + Backlog.size(slots, len(self._order), c.hidden, dtype))
 
     def keep_within(self, tokens: int) -> None:
         """Nothing: it has no pages."""

@@ -85,10 +85,14 @@ class EagleDrafter:
         self._states = [SlotState() for _ in range(slots)]
 
     def cache_need(self, slots: int, length: int) -> CacheNeed:
-        """What `bind` allocates."""
+        """What `bind` allocates, and rows that are put aside."""
+        waiting = Backlog.size(slots, len(self._order), self.model.config.target_hidden, self.model.fc.weight.dtype)
+        return CacheNeed(fixed=self.cache_size(slots, length) + waiting)
+
+    def cache_size(self, slots: int, length: int) -> int:
+        """Bytes of the KV cache of a network of this shape."""
         c, dtype = self.model.config, self.model.fc.weight.dtype
-        size = RowCache.size(1, slots, c.kv_heads, length + self.growth.max_expanded_nodes, c.head_dim, dtype)
-        return CacheNeed(fixed=size)
+        return RowCache.size(1, slots, c.kv_heads, length + self.growth.max_expanded_nodes, c.head_dim, dtype)
 
     def keep_within(self, tokens: int) -> None:
         """Nothing: it has no pages."""

@@ -76,8 +76,9 @@ class HeadStack(EagleDrafter):
             head.bind(slots, self.cache.capacity)
 
     def cache_need(self, slots: int, length: int) -> CacheNeed:
-        """What `bind` allocates: heads of a checkpoint are of one shape."""
-        return CacheNeed(fixed=(1 + len(self.later)) * super().cache_need(slots, length).fixed)
+        """What `bind` allocates: heads of a checkpoint are of one shape; and rows that are put aside, for the first alone."""
+        first = super().cache_need(slots, length)
+        return CacheNeed(fixed=first.fixed + len(self.later) * self.cache_size(slots, length))
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""

@@ -100,6 +100,8 @@ def data_of(paths: Iterable[Path]) -> str:
 def _digest(path: Path) -> str:
     if path.is_file():
         return _known(path, path.stat().st_size, path.stat().st_mtime_ns)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a pipe, and every cell reads it anew: write it to a file, and name that")
     if not path.is_dir():
         raise ConfigError(f"{path}: no such file or folder; paths of a plan begin where the command is run")
     files = sorted(p for kind in CONTENT for p in path.rglob(kind) if p.is_file())

@@ -29,7 +29,8 @@ COUNTED = ("steps", "judged", "rejected", "risk", "spread", "bias")
 @lru_cache(maxsize=1)
 def base_engine(target: str | None, dtype: str, slots: int, allow_lossy: bool) -> Engine:
     """A loaded target, kept from cell to cell of a worker; every cell decodes with engines of its own on these weights."""
-    return build_engine(target, "none", dtype=dtype, slots=slots, allow_lossy=allow_lossy)
+    # without what is kept of prompts, as `bench`: the same prompts come again, and no arm shall find those of another repeat
+    return build_engine(target, "none", dtype=dtype, slots=slots, allow_lossy=allow_lossy, prefix_cache=False)
 
 
 def sampling_of(f: Decoding) -> SamplingParams:
@@ -183,7 +184,9 @@ def perform_ab(f: Ab) -> Answer:
     found = {"groups": state.groups, "comparisons": [asdict(c) | {"ratio": list(c.ratio)} for c in state.comparisons]}
     if e.metric == "speed":  # how many groups it took, and so every record, is the clock's doing
         answer = answer_of(records, True)
-        return Answer({"base": e.base, "data": prompts.data}, answer.counts, {**(answer.measured or {}), **answer.result, **found})
+        return Answer(
+            {"base": e.base, "data": prompts.data}, answer.counts, {**(answer.measured or {}), **answer.result, **found}
+        )
     return answer_of(records, False, base=e.base, data=prompts.data, **found)
 
 

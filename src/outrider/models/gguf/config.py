@@ -1,6 +1,8 @@
 """The keys of a GGUF model as a `config.json` in Hugging Face spelling: one reader of configurations serves both.
 
-Keys: llama.cpp's `gguf-py/gguf/constants.py` and `conversion/`. A key of the model's architecture that is not known here is refused
+Keys: llama.cpp's `gguf-py/gguf/constants.py` and `conversion/`; what a file means without them: `load_arch_hparams` of its
+`src/models/`. One thing is read otherwise: windows of Phi-3, which llama.cpp leaves out (and says so), are those that the model has
+in its own format. A key of the model's architecture that is not known here is refused
 by name, because ignoring it could change the text.
 """
 
@@ -35,7 +37,9 @@ class Architecture:
     windowless: Literal["default", "none", "refused"] = "default"
 
 
-PATTERN = "attention.sliding_window_pattern"
+PATTERN, WINDOWED_BASE = "attention.sliding_window_pattern", "rope.freq_base_swa"
+_WINDOWS = frozenset({PATTERN, WINDOWED_BASE})
+"""Which layers have a window: every layer's yes or no, or of how many the last one has none; what these turn their heads by."""
 _CAPS = frozenset({"final_logit_softcapping"})
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True, mixed=("mixtral", "MixtralForCausalLM")),
@@ -44,10 +48,10 @@ ARCHITECTURES = {
     "qwen2moe": Architecture("qwen2_moe", "Qwen2MoeForCausalLM"),
     "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM"),
     "olmoe": Architecture("olmoe", "OlmoeForCausalLM"),
-    "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM", keys=frozenset({PATTERN}), windowless="refused"),
+    "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM", keys=_WINDOWS, windowless="refused"),
     "gemma": Architecture("gemma", "GemmaForCausalLM"),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", keys=_CAPS | {"attn_logit_softcapping"}),
-    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", keys=_CAPS | {"rope.freq_base_swa"}, windowless="none"),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", keys=_CAPS | _WINDOWS | {"attn_logit_softcapping"}),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", keys=_CAPS | _WINDOWS, windowless="none"),
     "phi3": Architecture("phi3", "Phi3ForCausalLM"),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM"),
     "granite": Architecture(
@@ -150,25 +154,40 @@ def _stored(weights: Weights) -> str:
 
 def _window(keys: Keys, kind: Architecture, layers: int) -> dict[str, Any]:
     """llama.cpp's reading of the windows of a file, see `Architecture.windowless`."""
+    every = FAMILIES[kind.family].pattern
+    order = _order(keys, every, layers) if keys.given(PATTERN) else {}
     if not keys.given("attention.sliding_window") and kind.windowless != "none":
         if kind.windowless == "refused":
             raise ConfigError(f"{keys.path} lacks {keys.name('attention.sliding_window')}: download it again")
-        return {}
+        return order
     width = keys.whole("attention.sliding_window", 0, least=0)
-    every = FAMILIES[kind.family].pattern
     if not width and kind.windowless == "none":
         return {"sliding_window": None, "layer_types": ["full_attention"] * layers}
-    if keys.values.get(keys.name(PATTERN), every) != every:
-        raise ConfigError(
-            f"{keys.path} has windows in another order of layers than its architecture's: use another model"
-        )
     if not width and not every:
         return {}
     if "sliding_window" in FAMILIES[kind.family].options:
-        return {"sliding_window": width}
+        return {"sliding_window": width, **order}
     if kind.family == "llama":  # Mistral: the same network, and every layer has the window
         return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": width}
     raise ConfigError(f"{keys.path} has a sliding window of {width}, whose layers it does not name: use another model")
+
+
+def _order(keys: Keys, usual: int, layers: int) -> dict[str, Any]:
+    """The layers that have a window, where they are not those of the family. usual: of how many the family's last one has none."""
+    given = keys.values[keys.name(PATTERN)]
+    if isinstance(given, bool) or not isinstance(given, int | tuple | list):
+        raise ConfigError(f"{keys.path}: {keys.name(PATTERN)} must be a number, or yes or no of every layer")
+    if isinstance(given, int):
+        windows = [given == 0 or i % given < given - 1 for i in range(layers)]
+    else:
+        windows = [bool(window) for window in given]
+    if len(windows) != layers:
+        raise ConfigError(
+            f"{keys.path}: {keys.name(PATTERN)} is of {len(windows)} layers, not {layers}: download it again"
+        )
+    if windows == [i % usual < usual - 1 for i in range(layers)]:
+        return {}
+    return {"layer_types": ["sliding_attention" if window else "full_attention" for window in windows]}
 
 
 def _factors(keys: Keys, kind: Architecture, share: int, head_dim: int, layers: int) -> dict[str, Any]:
@@ -179,13 +198,24 @@ def _factors(keys: Keys, kind: Architecture, share: int, head_dim: int, layers: 
         out |= {"final_logit_softcapping": None, "attn_logit_softcapping": None}
     names = {
         "final_logit_softcapping": "final_logit_softcapping", "attn_logit_softcapping": "attn_logit_softcapping",
-        "rope.freq_base_swa": "rope_local_base_freq", "attention.scale": "attention_multiplier",
+        **({WINDOWED_BASE: "rope_local_base_freq"} if _two_bases(kind) else {}), "attention.scale": "attention_multiplier",
         "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
     }  # fmt: skip
     given = {ours: keys.real(theirs) for theirs, ours in names.items() if theirs in kind.keys and keys.given(theirs)}
+    if WINDOWED_BASE in kind.keys and not _two_bases(kind):
+        base = keys.real("rope.freq_base", 10000.0)
+        if (windowed := keys.real(WINDOWED_BASE, base)) != base:
+            raise ConfigError(
+                f"{keys.path} has {keys.name(WINDOWED_BASE)} {windowed:g} where all its layers turn by {base:g}: use another model"
+            )
     if kind.family == "granite" and "attention_multiplier" not in given:
         given["attention_multiplier"] = head_dim**-0.5
     return out | given
+
+
+def _two_bases(kind: Architecture) -> bool:
+    """Whether layers with a window have a base of their own in the family."""
+    return "rope_local_base_freq" in FAMILIES[kind.family].options
 
 
 _LARGEST = {"gemma2": 46, "gemma3_text": 62}
