@@ -56,14 +56,17 @@ ALWAYS = ("num_key_value_heads", "head_dim", "num_experts_per_tok", "n_group", "
 """Given even where the configuration has no value for them."""
 COMPASS = dict.fromkeys(
     ("sliding_attention", "full_attention"), {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]})  # fmt: skip
+INDEX = {"index_head_dim": 16, "index_n_heads": 16, "index_topk": 32}
+"""Fewer keys than a text has. With two heads many keys score exactly nothing, and which of them are chosen depends on the number of
+rows: transformers' own text with its cache is another one than without then."""
 NOTE = {
-    "layer_types": ["indexed_attention", "sliding_attention"] * (LAYERS // 2), "index_head_dim": 16, "index_n_heads": 2,
-    "index_topk": 32, "shared_experts_intermediate_size": WIDTH // 2, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
+    **INDEX, "layer_types": ["indexed_attention", "sliding_attention"] * (LAYERS // 2), "shared_experts_intermediate_size": WIDTH // 2, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
     "swa_q_lora_rank": 32, "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
 }  # fmt: skip
 INDEXER = {
-    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32, "indexer_compress_ratio": 4,
+    "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32, "indexer_compress_ratio": 4,
 }  # fmt: skip
+NEMOTRON = {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "moe_shared_expert_intermediate_size": 32}
 OWN: dict[str, dict[str, Any]] = {
     **each("qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text olmo_hybrid minimax",
         {"layer_types": KINDS["linear_attention"]}),
@@ -97,7 +100,18 @@ OWN: dict[str, dict[str, Any]] = {
     "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": WIDTH // 2},
     "ernie4_5_vl_moe": {"moe_intermediate_size": [WIDTH // 2] * 2},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": LAYERS},
-    "glm5_next": {"qk_rope_head_dim": 0},
+    "glm5_next": {"qk_rope_head_dim": 0, **INDEX},
+    **each("deepseek_v32 glm_moe_dsa axk2 hy_v4", INDEX),
+    "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1], "text_hidden_size": WIDTH}},
+    "step3p7": {"sliding_window": 16},
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {
+                "embed_dim": WIDTH, "depth": 2, "num_heads": 4, "img_size": [28, 28], "ref_feat_shape": [2, 2], "init_values": 0.1,
+                "global_pool": "", "use_post_transformer_norm": False}}},
+    "muse_spark": {"audio_config": {"out_hidden_size": WIDTH}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}, "text_config": NEMOTRON},
     "granite4_vision": {"deepstack_layer_map": [[-1, 1]], "vision_config": {}},
     "granite_docling": {"vision_config": {"out_hidden_size": WIDTH}},
     "hunyuan_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}},
@@ -117,7 +131,7 @@ OWN: dict[str, dict[str, Any]] = {
     "llama4_text": {"layer_types": ["chunked_attention", "full_attention"] * 2, "moe_layers": [0, 1, 2, 3]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "falcon_h1": {"mamba_d_ssm": 2 * WIDTH},
-    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "moe_shared_expert_intermediate_size": 32},
+    "nemotron_h": NEMOTRON,
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "attention_head_dim": 32,
@@ -127,7 +141,7 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "xlstm": {"num_heads": 4, "num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
-    **each("qwen2_vl qwen2_5_vl glm4v glm46v glm_ocr glmga cosmos3_edge",
+    **each("qwen2_vl qwen2_5_vl glm4v glm46v glm_ocr glmga cosmos3_edge paddleocr_vl",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}),
     "falcon": {"alibi": False},
     "moshi": {"sliding_window": POSITIONS},  # all of its positions, as the default: its masks know no window
@@ -141,6 +155,9 @@ FIRST: dict[str, dict[str, Any]] = each(
     {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
 )
 """Of families whose defaults their own classes refuse: what the configuration is made with before it is shrunk."""
+
+NEEDS = each("fast_vlm gemma3n perception_lm", "timm")
+"""Packages without which transformers does not make a family's model."""
 
 
 def shrink(config: Any, own: dict[str, Any]) -> Any:
