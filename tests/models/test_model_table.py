@@ -1,5 +1,5 @@
-"""The table of all families: every one of transformers is in it, every recorded row runs with the same text or is refused in a sentence,
-the page is what the rows say, and the doctor agrees with them. The slow tests build every family again, and run it."""
+"""The table of all families: every one of transformers is in it, every recorded row runs with the same text or is refused in a
+sentence, the page is what the rows say, and the doctor agrees with them. The slow tests build every family again, and run it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DAILY = ("llama", "gpt_oss", "falcon", "mamba", "roberta", "bart", "musicgen")
 
 
 def recorded(family: str) -> dict[str, Any]:
-    """Its row; skips where another release of transformers is installed than the rows are of, or a package of the family's is not."""
+    """Its row; skips where another release of transformers is installed than the rows are of, or a package of the family is missing."""
     pytest.importorskip(NEEDS.get(family, "transformers"))
     row = next(r for r in ROWS if r["family"] == family)
     if row["transformers"] != transformers.__version__:

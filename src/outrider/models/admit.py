@@ -82,10 +82,12 @@ def fails_to_run(kind: type, tokens: int, error: BaseException) -> ConfigError:
     beside = [name for name in demanded if name not in ("self", "input_ids")]
     if beside:
         return ConfigError(
-            f"{kind.__name__} reads {' and '.join(beside)} in every call and cannot continue a text alone: use a causal language model"
+            f"{kind.__name__} reads {' and '.join(beside)} in every call and cannot continue a text alone: use a causal language "
+            "model"
         )
     return ConfigError(
-        f"{kind.__name__} fails on a text of {tokens} tokens ({brief(error)}): check its configuration, or use a causal language model"
+        f"{kind.__name__} fails on a text of {tokens} tokens ({brief(error)}): check its configuration, or use a causal language "
+        "model"
     )
 
 
