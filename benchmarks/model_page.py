@@ -13,8 +13,8 @@ from typing import Any
 
 PAGE = """# Will my model run?
 
-Families of transformers {release} that `AutoModelForCausalLM` knows, and some that read pictures besides, of which the text
-part is the target; one that is not listed has not been recorded yet. Each was built small and random (a few layers of 64,
+All families of transformers {release} that `AutoModelForCausalLM` knows, and all of `AutoModelForImageTextToText`, of which the
+text part is the target. Each was built small and random (a few layers of 64,
 float32), saved, loaded like any checkpoint and decoded greedily, by `python benchmarks/model_table.py --out rows.jsonl`; this
 page is what `benchmarks/model_page.py` makes of the rows. A checkpoint of a family runs in the same way, however large it is;
 `outrider doctor PATH` says which runtime it is, and loading says what its path costs.
@@ -43,39 +43,48 @@ page is what `benchmarks/model_page.py` makes of the rows. A checkpoint of a fam
 | family | sentence |
 |---|---|
 {refused}
+{untried}"""
 
+
+UNTRIED = """
 ## Not tried
 
-transformers itself did not make or run these from small sizes, or needs another package for them.
+transformers itself did not make these from small sizes, or needs another package for them.
 
 | family | what it said |
 |---|---|
-{untried}
+{rows}
 """
 
 
 def page(rows: Sequence[dict[str, Any]]) -> str:
     """The page of the rows: what runs, what is refused, what could not be tried."""
     ran = [r for r in rows if "path" in r]
-    untried = [r for r in rows if "made" in r or "crash" in r or ("refused" in r and "theirs_fails" in r)]
-    refused = [r for r in rows if "refused" in r and "theirs_fails" not in r]
+    untried = [r for r in rows if "made" in r or "crash" in r]
+    refused = [r for r in rows if "refused" in r]
     chains = sum(r["drafts"] != "none" for r in ran)
-    cell = lambda text: str(text).replace("|", "\\|")  # noqa: E731
     return PAGE.format(
         release=rows[0]["transformers"],
         lowest=min(r["speed"] for r in ran if "speed" in r),
-        counts=f"{len(ran)} families run, {chains} of them with drafts; {len(refused)} are refused, {len(untried)} could not be "
-        "tried.",
+        counts=f"{len(ran)} families run, {chains} of them with drafts; {len(refused)} are refused"
+        + (f", {len(untried)} could not be tried." if untried else "."),
         table="\n".join(
             f"| {r['family']} | {r['path']} | {r['drafts']}{', no gain' if r['by_token'] else ''} | {verdict(r)} "
             f"| {r.get('speed', 'none')}{' *c*' if r.get('cpu') else ''} |"
             for r in ran
         ),
         refused="\n".join(f"| {r['family']} | {cell(r['refused'])} |" for r in refused),
-        untried="\n".join(
-            f"| {r['family']} | {cell(r.get('made') or r.get('crash') or r['theirs_fails'])} |" for r in untried
-        ),
+        untried=UNTRIED.format(
+            rows="\n".join(f"| {r['family']} | {cell(r.get('made') or r['crash'])} |" for r in untried)
+        )
+        if untried
+        else "",
     )
+
+
+def cell(text: object) -> str:
+    """Text within a table."""
+    return str(text).replace("|", "\\|")
 
 
 CHECKS = ("equal", "ngram", "ngram_match", "told", "told_match")

@@ -1,4 +1,4 @@
-"""Small random models of every family of the installed transformers that can continue text: names, sizes, and what a family needs."""
+"""Small random models of every family of transformers that can continue text: names, sizes, and what a family needs."""
 
 from __future__ import annotations
 
@@ -49,21 +49,25 @@ SMALL: dict[str, Any] = {
     "initializer_range": 0.1,
 }  # fmt: skip
 """What a configuration is given of the names that it knows."""
+SECTIONS: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+COMPASS = each("sliding_attention full_attention", SECTIONS)
 KINDS = {kind: [kind, "full_attention"] * (LAYERS // 2) for kind in ("linear_attention", "sliding_attention", "conv")}
 Plain = int | float | str | bool
 """Values that `SMALL` may take the place of: not None, and not a list for several parts."""
 ALWAYS = ("num_key_value_heads", "head_dim", "num_experts_per_tok", "n_group", "topk_group")
 """Given even where the configuration has no value for them."""
-COMPASS = dict.fromkeys(
-    ("sliding_attention", "full_attention"), {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]})  # fmt: skip
+INDEX = {"index_head_dim": 16, "index_n_heads": 16, "index_topk": 32}
+"""Fewer keys than a text has. With two heads many keys score exactly nothing, and which of them are chosen depends on the number of
+rows: transformers' own text with its cache is another one than without then."""
 NOTE = {
-    "layer_types": ["indexed_attention", "sliding_attention"] * (LAYERS // 2), "index_head_dim": 16, "index_n_heads": 2,
-    "index_topk": 32, "shared_experts_intermediate_size": WIDTH // 2, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
+    **INDEX, "layer_types": ["indexed_attention", "sliding_attention"] * (LAYERS // 2),
+    "shared_experts_intermediate_size": WIDTH // 2, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
     "swa_q_lora_rank": 32, "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
 }  # fmt: skip
 INDEXER = {
-    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32, "indexer_compress_ratio": 4,
+    "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32, "indexer_compress_ratio": 4,
 }  # fmt: skip
+NEMOTRON = {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "moe_shared_expert_intermediate_size": 32}
 OWN: dict[str, dict[str, Any]] = {
     **each("qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text olmo_hybrid minimax",
         {"layer_types": KINDS["linear_attention"]}),
@@ -83,25 +87,41 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": KINDS["sliding_attention"], "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note_text": NOTE,
-    "dots3_note": {"text_config": NOTE, "vision_config": {"mlp_layer_types": ["dense"] * LAYERS, "adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
+    "dots3_note": {
+        "text_config": NOTE,
+        "vision_config": {"mlp_layer_types": ["dense"] * LAYERS, "adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
         "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH}},
     **each("qwen4_exp qwen4_exp_text", {"layer_types": ["linear_attention", "indexed_attention"] * (LAYERS // 2), **INDEXER}),
     "reformer": {
         "is_decoder": True, "attn_layers": ["local", "lsh"] * (LAYERS // 2), "axial_pos_embds_dim": [16, WIDTH - 16],
         "axial_pos_shape": [16, POSITIONS // 16], "attention_head_size": 16, "feed_forward_size": 2 * WIDTH, "hash_seed": 0},
     "blt": {"vocab_size": VOCAB, "encoder_hash_byte_group_vocab": 97, "patcher_config": {}},
-    "apertus1p5": {"audio_config": {"codebook_dim": WIDTH}},
+    "apertus1p5": {
+        "image_token_offset": 256, "vision_config": {"codebook_size": 64}, "audio_token_offset": 320,
+        "audio_config": {"codebook_dim": WIDTH, "codebook_size": 64}},
     "chameleon": {"vocabulary_map": {"<image>": 5}, "vq_config": {}},
     "cohere_compass": {"layer_types": KINDS["sliding_attention"], "rope_parameters": COMPASS},
     "deepseek_ocr2": {"mlp_layer_types": ["dense", *["sparse"] * (LAYERS - 1)]},
     "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": WIDTH // 2},
-    "ernie4_5_vl_moe": {"moe_intermediate_size": [WIDTH // 2] * 2},
+    "ernie4_5_vl_moe": {"moe_intermediate_size": [WIDTH // 2] * 2, "rope_parameters": {**SECTIONS, "mrope_section": [3, 3, 2]}},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": LAYERS},
-    "glm5_next": {"qk_rope_head_dim": 0},
+    "glm5_next": {"qk_rope_head_dim": 0, **INDEX},
+    **each("deepseek_v32 glm_moe_dsa axk2 hy_v4", INDEX),
+    "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1], "text_hidden_size": WIDTH}},
+    "step3p7": {"sliding_window": 16},
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {
+                "embed_dim": WIDTH, "depth": 2, "num_heads": 4, "img_size": [28, 28], "ref_feat_shape": [2, 2], "init_values": 0.1,
+                "global_pool": "", "use_post_transformer_norm": False}}},
+    **each("qwen2_5_omni_thinker qwen3_omni_moe_thinker", {"vision_start_token_id": 5, "vision_config": {}}),
+    "muse_spark": {"audio_config": {"out_hidden_size": WIDTH}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}, "text_config": NEMOTRON},
     "granite4_vision": {"deepstack_layer_map": [[-1, 1]], "vision_config": {}},
     "granite_docling": {"vision_config": {"out_hidden_size": WIDTH}},
-    "hunyuan_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}},
-    "hy_v4_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    "hunyuan_vl": {"rope_parameters": {**SECTIONS, "mrope_section": [2, 2, 2, 2]}},
+    "hy_v4_vl": {"rope_parameters": {**SECTIONS, "mrope_section": [1, 1, 2]}},
     **each("inkling2 inkling2_loop",
         {"text_config": {"unpadded_vocab_size": VOCAB}, "vision_config": {"text_hidden_size": WIDTH}}),
     "xmod": {"default_language": "en_XX"},
@@ -117,7 +137,7 @@ OWN: dict[str, dict[str, Any]] = {
     "llama4_text": {"layer_types": ["chunked_attention", "full_attention"] * 2, "moe_layers": [0, 1, 2, 3]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "falcon_h1": {"mamba_d_ssm": 2 * WIDTH},
-    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "moe_shared_expert_intermediate_size": 32},
+    "nemotron_h": NEMOTRON,
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "attention_head_dim": 32,
@@ -127,8 +147,8 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "xlstm": {"num_heads": 4, "num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
-    **each("qwen2_vl qwen2_5_vl glm4v glm46v glm_ocr glmga cosmos3_edge",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}),
+    **each("qwen2_vl qwen2_5_vl glm4v glm46v glm_ocr glmga cosmos3_edge paddleocr_vl",
+        {"rope_parameters": SECTIONS}),
     "falcon": {"alibi": False},
     "moshi": {"sliding_window": POSITIONS},  # all of its positions, as the default: its masks know no window
     "doge": {"is_moe": False},
@@ -141,6 +161,9 @@ FIRST: dict[str, dict[str, Any]] = each(
     {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
 )
 """Of families whose defaults their own classes refuse: what the configuration is made with before it is shrunk."""
+
+NEEDS = each("fast_vlm gemma3n perception_lm", "timm")
+"""Packages without which transformers does not make a family's model."""
 
 
 def shrink(config: Any, own: dict[str, Any]) -> Any:

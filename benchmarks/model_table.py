@@ -33,7 +33,7 @@ from outrider.models.load import inspect_checkpoint
 from outrider.types import Draft, Evidence
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: the families' sizes lie beside it
-from benchmarks.model_sizes import FAMILIES, VOCAB, build  # noqa: E402
+from benchmarks.model_sizes import FAMILIES, VOCAB, build
 
 PROMPT = [7 * i % 90 + 5 for i in range(24)]
 

@@ -20,6 +20,7 @@ from benchmarks.model_table import Told
 from outrider import SamplingParams
 from outrider.build import companion
 from outrider.errors import ConfigError
+from outrider.models.admit import require_layers
 from outrider.models.hf.target import HFTarget
 
 NEW = 16
@@ -215,6 +216,22 @@ def test_a_model_that_cannot_run_is_refused_in_a_sentence() -> None:
     model.lm_head = torch.nn.Linear(31, 512)
     with pytest.raises(ConfigError, match=r"BloomForCausalLM fails on a text of 8 tokens \(.*\): check"):
         HFTarget(model)
+
+
+def test_a_model_that_needs_more_than_text_is_refused_by_what_it_demands() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^BlipFor\w+ reads pixel_values in every call and cannot continue a text alone: use"
+    ):
+        HFTarget(model_sizes.build("blip"))
+
+
+def test_a_configuration_without_a_number_of_layers_is_refused_for_that() -> None:
+    """BLT, for which transformers cannot make a cache either."""
+    config = transformers.AutoConfig.for_model("blt", encoder_hash_byte_group_vocab=97)
+    with pytest.raises(ConfigError, match=r"^BltForCausalLM has no number of layers in its configuration, so that"):
+        require_layers(config, "BltForCausalLM")
+    config = transformers.AutoConfig.for_model("llava").text_config
+    assert require_layers(config, "LlamaForCausalLM") is config
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,22 @@
-"""The table of all families: every one of transformers is in it, every recorded row runs with the same text or is refused in a sentence,
-the page is what the rows say, and the doctor agrees with them. The slow tests build every family again, and run it."""
+"""The table of all families: every one of transformers is in it, every recorded row runs with the same text or is refused in a
+sentence, the page is what the rows say, and the doctor agrees with them. The slow tests build every family again, and run it."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from transformers import AutoConfig
 
 from benchmarks import model_table
 from benchmarks.model_page import CHECKS, page, read_rows
-from benchmarks.model_sizes import FAMILIES, build
+from benchmarks.model_sizes import FAMILIES, NEEDS, build
 from benchmarks.model_table import doctor, row_of
+from outrider.errors import ConfigError
+from outrider.models.admit import admit
 
 RECORDED = Path(model_table.__file__).with_name("model_table.jsonl")
 ROWS = read_rows(RECORDED)
@@ -23,7 +27,8 @@ DAILY = ("llama", "gpt_oss", "falcon", "mamba", "roberta", "bart", "musicgen")
 
 
 def recorded(family: str) -> dict[str, Any]:
-    """Its row; skips where another release of transformers is installed than the rows are of."""
+    """Its row; skips where another release of transformers is installed than the rows are of, or a package of the family is missing."""
+    pytest.importorskip(NEEDS.get(family, "transformers"))
     row = next(r for r in ROWS if r["family"] == family)
     if row["transformers"] != transformers.__version__:
         pytest.skip("recorded with another release of transformers")
@@ -79,6 +84,15 @@ def test_the_doctor_says_of_a_checkpoint_what_is_recorded(family: str, tmp_path:
 def test_the_page_is_that_of_the_rows() -> None:
     written = Path(__file__).parents[2] / "docs" / "models.md"
     assert written.read_text() == page(ROWS)
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="nothing is missing where the package is")
+def test_a_family_whose_package_is_missing_is_refused_with_the_command_that_installs_it(tmp_path: Path) -> None:
+    AutoConfig.for_model("gemma3n").save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"needs another package to run .*gemma3n; .*requires the timm.*: pip install timm$"
+    ):
+        admit(tmp_path, {"model_type": "gemma3n"})
 
 
 @pytest.mark.slow

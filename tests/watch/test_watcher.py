@@ -124,6 +124,23 @@ def test_a_thousand_garbled_pages_end_nothing_and_are_said_once() -> None:
         assert watch.recent().tokens_per_pass == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("part", ["num_drafts_total", "num_draft_tokens_total", "n_decode_total", 'pos_total{position="0"}'])
+def test_counts_so_small_that_their_ratios_are_no_numbers_are_unknown(part: str) -> None:
+    """The record and the page are JSON, which has no infinity: one such page stopped every reading after it."""
+    tiny = "\n".join(
+        f"{line.rpartition(' ')[0]} 1e-320" if part in line and line[0] != "#" else line
+        for line in llama(10**9, 10**8, 10**8).split("\n")
+    )
+    heard = list[str]()
+    with fake() as server:
+        watch, _, clock = watch_of(server, heard=lambda reading: heard.append(json.dumps(reading, allow_nan=False)))
+        server.serves(tiny)
+        tick(watch, clock, 2)
+        state = json.loads(json.dumps(watch.state(), allow_nan=False))
+        assert watch.answers and len(heard) == 2 and "1e-320" in tiny
+        assert state["now"]["emitted"] == json.loads(heard[-1])["since_start"]["tokens"] == 10**9
+
+
 def test_silence_is_an_alert_that_ends() -> None:
     with fake(PAGES["vllm"]) as server:
         watch, said, clock = watch_of(server, seconds=0.3)

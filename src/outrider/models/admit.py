@@ -6,6 +6,8 @@ Of the weights only the headers are read, and no code of the checkpoint is run.
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ def admit(folder: Path, raw: dict, *, tried: bool = False) -> Any:
             "use a causal language model"
         )
     if not causal_flags or (tried and not raw.get("quantization_config")):
-        try_out(config)
+        try_out(config, type(model))
     return config
 
 
@@ -73,28 +75,38 @@ def not_a_decoder(kind: str) -> ConfigError:
     )
 
 
-def fails_to_run(kind: str, tokens: int, error: BaseException) -> ConfigError:
-    """What is said of a model that fails on a short text: inconsistent sizes show only then, as any kind of error."""
-    return ConfigError(f"{kind} fails on a text of {tokens} tokens ({brief(error)}): check its configuration")
+def fails_to_run(kind: type, tokens: int, error: BaseException) -> ConfigError:
+    """What is said of a class of models that fails on a short text: inconsistent sizes show only then, as any kind of error."""
+    known = inspect.signature(kind.forward).parameters.values()  # type: ignore[attr-defined]
+    demanded = [p.name for p in known if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    beside = [name for name in demanded if name not in ("self", "input_ids")]
+    if beside:
+        return ConfigError(
+            f"{kind.__name__} reads {' and '.join(beside)} in every call and cannot continue a text alone: use a causal language "
+            "model"
+        )
+    return ConfigError(
+        f"{kind.__name__} fails on a text of {tokens} tokens ({brief(error)}): check its configuration, or use a causal language "
+        "model"
+    )
 
 
 @torch.no_grad()
-def try_out(config: Any) -> None:
+def try_out(config: Any, kind: type) -> None:
     """Run a random model of this configuration on a short text, as far as that takes a second: all of a small model, a layer or
     two of a larger one. Raises ConfigError if a small one fails, or if rows change with what follows them, which not every family
-    states.
+    states. kind: its class.
 
     A large or unusual model is left to loading, which runs the model itself.
     """
     token = torch.tensor([[3, 5, 7, 9, 11, 13, 15, 17], [3, 5, 7, 9, 11, 13, 15, 4]])
     asked = (*token[:, None], *(token[:1, :n] for n in range(3, token.shape[1])))
     for layers in (0, 2, 1):  # 0: all
-        whole, kind = not layers, type(config).__name__
+        whole = not layers
         try:
             tried = config if whole else _shallow(config, layers)
             with torch.device("meta"):
                 empty = model_class(tried).from_config(tried)
-            kind = type(empty).__name__
             if sum(held.numel() for held in (*empty.parameters(), *empty.buffers())) > SHALLOW:
                 continue
             with torch.random.fork_rng(devices=()):
@@ -110,7 +122,7 @@ def try_out(config: Any) -> None:
             return  # lists by layer, or a number of layers that cannot be set
         limit = FOLLOWED * float(one.std().clamp(min=1e-12))
         if max(float(before.median()), float(ends.median())) > limit:
-            raise not_a_decoder(kind)
+            raise not_a_decoder(kind.__name__)
         return
 
 
@@ -153,6 +165,12 @@ def _skeleton(folder: Path, config: Any, named: str) -> nn.Module:
             return model_class(config).from_config(config, trust_remote_code=False)
     except ConfigError:
         raise
+    except ImportError as error:  # transformers names the package in many lines, with the command between backticks
+        command = re.search(r"`(pip install [^`]+)`", str(error))
+        raise ConfigError(
+            f"transformers needs another package to run {folder} ({named}; {brief(error).split('. ')[0]}): "
+            f"{command[1] if command else 'install it'}"
+        ) from None
     except Exception as error:  # whatever a family's class says to numbers that it does not like
         raise ConfigError(
             f"transformers does not run {folder} ({named}) as a causal language model "

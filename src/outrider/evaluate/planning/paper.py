@@ -23,8 +23,8 @@ BOX = 8
 class Paper:
     """What is planned. context: tokens in the cache of a sequence, and of its prompt. output: tokens of an answer.
 
-    disaggregated: prompts are read on as many other GPUs, and their keys and values are sent over `between`. recurrent: the target's
-    state cannot be cut, so that accepted tokens are read again after a rejection (`theory.recurrent`).
+    disaggregated: prompts are read on as many other GPUs, and their keys and values are sent over `between`.
+    recurrent: the target's state cannot be cut, so that accepted tokens are read again after a rejection (`theory.recurrent`).
     """
 
     target: Model

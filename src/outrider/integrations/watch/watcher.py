@@ -11,7 +11,7 @@ from typing import Any
 from outrider import __version__
 from outrider.errors import ConfigError, printable
 from outrider.integrations.watch.conditions import Look, conditions_for, doubted, look
-from outrider.integrations.watch.figures import cannot, document, missing
+from outrider.integrations.watch.figures import cannot, document, finite, missing
 from outrider.integrations.watch.flavours import FLAVOURS, WANTED, Flavour, flavour_of
 from outrider.integrations.watch.identity import Identity, ask, without_metrics
 from outrider.integrations.watch.page import MOST_BYTES, parse
@@ -180,10 +180,10 @@ class Watch:
         return look(self.recent(), gauges, answers=self.answers, lives=lives, accused=self.accused())
 
     def reading(self) -> dict[str, Any]:
-        """What is known now, as plain data: `outrider watch --once --json` prints it."""
+        """What is known now, as plain data that JSON has: `outrider watch --once --json` prints it."""
         whole, gauges = self.lifetime(), {} if self.seen is None else self.seen.gauges
         recent = document(self.recent()) if len(self.history) > 1 else None
-        return {
+        return finite({
             "url": self.url,
             "answers": self.answers,
             "engine": None if self.seen is None else self.seen.flavour,
@@ -203,13 +203,13 @@ class Watch:
             "cannot_tell": cannot(self.flavour, whole, gauges),
             "problems": list(self.problems),
             "faults": dict(self.faults),
-        }
+        })
 
     def state(self, after: float = 0.0) -> dict[str, Any]:
         """What the page shows, in the shape of our server's /outrider/state. after: leaves out the history up to this time."""
         whole, gauges = self.lifetime(), {} if self.seen is None else self.seen.gauges
         kept = list(self.history)  # readings come from another thread
-        return {
+        return finite({
             "server": {
                 "model": self.identity.model or self.url.partition("://")[2],
                 "watched": self.url,
@@ -236,7 +236,7 @@ class Watch:
             "outcomes": {k: round(v) for k, v in whole.under("ended").items()},
             "refused": {},
             "history": [_row(s) for s in kept if s.t > after],
-        }
+        })
 
     def _resources(self, gauges: dict[str, float]) -> dict[str, Any]:
         recent = self.recent()

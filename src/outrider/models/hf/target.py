@@ -105,7 +105,7 @@ class HFTarget:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise fails_to_run(type(model).__name__, _PROBE, error) from error
+            raise fails_to_run(type(model), _PROBE, error) from error
         self.vocab_size = reference.shape[-1]
         self.serving_path, self.why = choose(self.model, token, reference, 0 if named is None else self.max_length)
         self.path, self.trees, self.rewinds = self.serving_path.name, self.serving_path.trees, self.serving_path.rewinds
