@@ -1,7 +1,7 @@
 """Grammars written as text, compiled to llguidance's automata (https://github.com/guidance-ai/llguidance), without torch.
 
-`sampling.grammar` keeps the automata in step with texts. A server first compiles a client's grammar in a process that can be killed
-(`serve.prep`), since no limit of the library holds for every schema.
+`sampling.automaton` keeps the automata in step with texts. A server first compiles a client's grammar in a process that can be
+killed (`serve.prep`), since no limit of the library holds for every schema.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ LIMITS: dict[str, Any] = {
     "verbose_errors": False,
 }
 """Limits of one grammar: some ten milliseconds to compile and a few for a step; and no text in errors. Some grammars are cheap to
-compile and use up their limits in the middle of a text: see `sampling.grammar.Automaton.exhausted`. The library does not count the
-cost of a schema's numbers (`multipleOf`)."""
+compile and use up their limits in the middle of a text: see `sampling.automaton.Automaton.exhausted`. The library does not count
+the cost of a schema's numbers (`multipleOf`)."""
 BLANKS = {"whitespace_pattern": r"[ ]|\n[ ]{0,24}|\n\t{0,8}"}
 """White space between the parts of JSON: a space, or a line break and some indentation. Without a bound some models would write
 only spaces until the last token. A schema may choose another pattern (`x-guidance`)."""
@@ -138,7 +138,9 @@ class Compiler:
             kind, colon, body = Stages.read(text).grammar.partition(":")
         matcher = self._lib.LLMatcher
         if not colon or kind not in KINDS:
-            raise RequestError(f"a grammar is written 'lark:RULES', 'regex:PATTERN' or 'json:SCHEMA', got {text[:60]!r}")
+            raise RequestError(
+                f"a grammar is written 'lark:RULES', 'regex:PATTERN' or 'json:SCHEMA', got {text[:60]!r}"
+            )
         if not self.eos:
             raise RequestError("a grammar needs an end-of-sequence token, and this target has none")
         try:
@@ -149,7 +151,6 @@ class Compiler:
         if made.is_error():
             raise RequestError(f"the {kind} grammar cannot be used: {_first_line(made.get_error())}")
         return made
-
 
     def _read(self, kind: str, body: str) -> Any:
         matcher = self._lib.LLMatcher

@@ -9,7 +9,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from outrider.automata import unspelled
-from outrider.sampling.grammar import Automaton, Grammars
+from outrider.sampling.automaton import Automaton
+from outrider.sampling.grammar import Grammars
 
 END = "<|im_end|>"
 

@@ -27,8 +27,7 @@ def test_rows_that_wait_are_in_the_memory_that_a_drafter_asks_for() -> None:
     class Weighing(EagleDrafter):
         def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
             found = super().draft(evidence, budget)
-            kept = [t for h in self.backlog._held.values() for taps in h.taps for t in taps]
-            held[0] = max(held[0], sum(t.numel() * t.element_size() for t in kept))
+            held[0] = max(held[0], self.backlog.bytes)
             return found
 
     drafter = Weighing(feature_model(), GROWTHS["chain"]())

@@ -3,6 +3,7 @@ say nothing."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from dataclasses import replace
@@ -146,3 +147,28 @@ def test_prompts_that_nobody_would_read_are_refused(run, argv: tuple, words: str
         file.write_text("x\n")
     code, out = run(*(files.get(a, a) for a in argv))
     assert code == 2 and words in " ".join(out.split())
+
+
+def test_what_is_measured_finds_no_prompt_of_an_earlier_repeat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Arms share prompts, and repeats ask them again: `bench`, `ab` and cells of a sweep keep none of what is computed for them."""
+    from outrider.cli import ab, bench
+    from outrider.evaluate.experiments.experiment import read_experiment
+    from outrider.evaluate.sweep import kinds
+
+    class Asked(Exception):
+        pass
+
+    def asked(options: EngineOptions | None = None, *_: object, **named: object) -> None:
+        raise Asked(options.prefix_cache if options else named["prefix_cache"])
+
+    file = tmp_path / "ab.yaml"
+    file.write_text("name: x\narms: {plain: {draft: none}, two: {length: 2}}\ncount: 8\nbatch: 1\n")
+    monkeypatch.setattr(ab, "load_engine", asked)
+    monkeypatch.setattr(kinds, "build_engine", lambda *_, **named: asked(None, **named))
+    for call in (
+        lambda: ab.prepare(read_experiment(file), file),
+        lambda: kinds.base_engine.__wrapped__(None, "auto", 1, False),
+    ):
+        with pytest.raises(Asked, match="False"):
+            call()
+    assert inspect.signature(bench.bench).parameters["prefix_cache"].default is False

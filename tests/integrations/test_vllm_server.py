@@ -15,8 +15,9 @@ import pytest
 
 from outrider.errors import ConfigError
 from outrider.integrations import vllm
-from outrider.integrations.vllm.endpoint import Ours, Server, describe
+from outrider.integrations.vllm.endpoint import Ours, describe
 from outrider.integrations.vllm.monitor import VllmMonitor
+from outrider.integrations.vllm.served import Server
 from outrider.integrations.vllm.settings import Settings
 from outrider.integrations.vllm.status import parts_of
 from outrider.integrations.vllm.sums import StepSums

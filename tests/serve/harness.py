@@ -43,7 +43,7 @@ class Running:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def stop(self, seconds: float = 20.0) -> None:
+    def stop(self, seconds: float = 60.0) -> None:
         self.server.handle_exit(15, None)
         self.thread.join(seconds)
         assert not self.thread.is_alive()
@@ -143,7 +143,7 @@ def serving(
     left = lambda: {t.name for t in set(threading.enumerate()) - before}  # noqa: E731
     RUNNING.remove(port)
     if not RUNNING:  # another server may have started threads of its own meanwhile
-        until(lambda: not left(), 10, left)  # no thread is left behind
+        until(lambda: not left(), say=left)  # no thread is left behind
 
 
 def a_port() -> int:
@@ -153,8 +153,8 @@ def a_port() -> int:
         return free.getsockname()[1]
 
 
-def until(condition: Any, seconds: float = 10.0, say: Any = lambda: "") -> None:
-    """Wait for a condition; fail if it does not come, with what `say` returns."""
+def until(condition: Any, seconds: float = 60.0, say: Any = lambda: "") -> None:
+    """Wait for a condition; fail if it never comes, with what `say` returns. A busy machine takes its time."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"the condition did not come true in time {say()}"

@@ -189,9 +189,9 @@ def test_engine_silent() -> None:
         assert running.bridge.alive
         target.sleeps = 3.0
         rows = lambda: {r["name"] for r in running.watch.alerts.table() if r["firing"]}  # noqa: E731
-        until(lambda: "engine_silent" in rows(), 10)
+        until(lambda: "engine_silent" in rows())
         target.sleeps = 0.0
-        until(lambda: "engine_silent" not in rows(), 10)
+        until(lambda: "engine_silent" not in rows())
 
 
 def test_every_condition_has_a_test_here() -> None:

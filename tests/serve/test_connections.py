@@ -185,7 +185,7 @@ def test_bytes_behind_a_refusal_are_heard_within_bounds(server: Running) -> None
                 while crumbs and sent < 200 << 20:
                     sent += sock.send(crumbs)
             assert sent < 64 << 20
-        until(lambda: not server.server.server_state.connections, 10)
+        until(lambda: not server.server.server_state.connections)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/nothing", "/health"])
@@ -197,7 +197,7 @@ def test_what_is_no_http_is_answered_once(server: Running, path: str, caplog: py
         answer = b""
         while part := sock.recv(65536):
             answer += part
-        until(lambda: not server.server.server_state.connections, 10)
+        until(lambda: not server.server.server_state.connections)
     assert answer.count(b"HTTP/1.1") == 1 and answer.split(b" ")[1] == b"400"
     assert not caplog.records
 

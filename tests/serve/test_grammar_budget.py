@@ -10,7 +10,8 @@ import pytest
 
 from outrider.build import build_engine
 from outrider.sampling import grammar as grammar_module
-from outrider.sampling.grammar import Automaton, Grammars
+from outrider.sampling.automaton import Automaton
+from outrider.sampling.grammar import Grammars
 from tests.serve.harness import Running, serving, until
 
 

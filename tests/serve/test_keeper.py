@@ -145,7 +145,7 @@ def test_a_worker_that_hangs_or_gives_up_is_replaced(path: str, said: str) -> No
         first = kept.worker()
         with pytest.raises(OSError) if path == "/hang" else nullcontext():
             kept.ask(path, seconds=10)
-        until(lambda: gone(first) and kept.status() == 200, 20)
+        until(lambda: gone(first) and kept.status() == 200)
         kept.process.terminate()
         code, text = kept.end()
         assert code == 0 and said in text and "number 1" in text
@@ -154,10 +154,10 @@ def test_a_worker_that_hangs_or_gives_up_is_replaced(path: str, said: str) -> No
 def test_a_worker_that_dies_again_and_again_is_given_up() -> None:
     with scripted(restarts=2) as kept:
         for again in range(3):
-            until(lambda again=again: kept.status() == 200, 20)
+            until(lambda again=again: kept.status() == 200)
             os.kill(kept.worker(), signal.SIGKILL)
-            until(lambda: kept.process.poll() is not None or kept.status() in (0, 503), 20)
-            until(lambda: kept.process.poll() is not None or kept.status() == 200, 20)
+            until(lambda: kept.process.poll() is not None or kept.status() in (0, 503))
+            until(lambda: kept.process.poll() is not None or kept.status() == 200)
         code, text = kept.end()
         assert code == 137 and "giving up" in text and "number 2" in text and "number 3" not in text
 

@@ -31,7 +31,7 @@ def test_a_worker_that_is_stopped_is_replaced_all_the_same() -> None:
     with scripted(max_heartbeat_age=1.0) as kept:
         worker = kept.worker()
         os.kill(worker, signal.SIGSTOP)
-        until(lambda: kept.status() == 200 and kept.worker() != worker, 20)
+        until(lambda: kept.status() == 200 and kept.worker() != worker)
         kept.process.terminate()
         assert "sent no heartbeat for 1 s" in kept.end()[1]
 

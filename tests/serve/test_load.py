@@ -80,7 +80,7 @@ def test_nothing_leaks_and_the_books_balance(count: int) -> None:
             bridge.worker,
             bridge.engine.scheduler,
         )  # a slot is free a moment before its last event is handed out
-        until(lambda: not bridge.tickets and scheduler.free == SLOTS and not worker.routes and not worker.queued, 20)
+        until(lambda: not bridge.tickets and scheduler.free == SLOTS and not worker.routes and not worker.queued)
         assert bridge.held == 0 and not bridge.engine.busy
         assert sum(bridge.engine.parts.kv.length) == 0  # every block is back
         assert set(seen) <= {"200", "400", "429", "left", "cut"}, set(seen)
@@ -101,7 +101,7 @@ def test_a_closed_socket_frees_its_slot_at_once() -> None:
         scheduler, outcomes = running.bridge.engine.scheduler, running.bridge.metrics.outcomes
         for _ in range(20):
             running.stream({**BODY, "max_tokens": 900}).close()
-            until(lambda: scheduler.free == SLOTS, 10)
+            until(lambda: scheduler.free == SLOTS)
         until(lambda: sum(outcomes.values()) == 20)
         assert outcomes["abort"] == 20, outcomes
 
@@ -136,7 +136,7 @@ def test_overload_is_refused_politely() -> None:
         assert running.bridge.held == 4, "those who came first go on"
         for sock in first:
             sock.close()
-        until(lambda: running.bridge.held == 0, 20)
+        until(lambda: running.bridge.held == 0)
         assert running.call("GET", "/ready")[0] == running.call("POST", "/v1/completions", BODY)[0] == 200
 
 

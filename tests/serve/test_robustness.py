@@ -33,7 +33,7 @@ def test_a_client_that_leaves_frees_its_slots(server: Running, manner: str, n: i
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     steps = server.bridge.engine.steps
     sock.close()
-    until(lambda: free(server) == 8 and not server.bridge.tickets, 10)
+    until(lambda: free(server) == 8 and not server.bridge.tickets)
     assert server.bridge.engine.steps - steps < 400  # and not because it had run to its end
     assert server.bridge.held == 0 and not server.bridge.worker.routes and not server.bridge.worker.queued
 
@@ -175,7 +175,9 @@ def with_tool(**function: object) -> dict[str, object]:
         ("/v1/completions", [HALF], None),
     ],
 )
-def test_half_a_character_is_refused_wherever_it_stands(server: Running, path: str, body: object, param: str | None) -> None:
+def test_half_a_character_is_refused_wherever_it_stands(
+    server: Running, path: str, body: object, param: str | None
+) -> None:
     """Also in what is free of form: a name or a text of a tool's schema, which a template would be given."""
     status, _, reply = server.call("POST", path, body)
     error = json.loads(reply)["error"]

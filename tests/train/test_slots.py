@@ -14,7 +14,6 @@ from outrider.train.slot_losses import (
     closed,
     distillation_loss,
     first_error,
-    leading_run,
     slot_loss,
     suffix_of_products,
     value,
@@ -125,13 +124,6 @@ def test_until_error_keeps_the_first_error_and_nothing_behind_it() -> None:
     mask = torch.ones(1, 4, dtype=torch.bool)
     c = weights_of(torch.ones(1, 4), torch.tensor([[True, False, True, True]]), mask, Objective(until_error=True))
     assert c.tolist() == [[0.5, 0.5, 0.0, 0.0]]
-
-
-def test_leading_runs_are_counted_per_block() -> None:
-    correct = torch.tensor([[True, True, False, True], [False, True, True, True], [True] * 4])
-    mask = torch.ones(3, 4, dtype=torch.bool)
-    mask[2, 3] = False
-    assert leading_run(correct, mask).tolist() == [2.0, 0.0, 3.0]
 
 
 def test_objectives_that_make_no_sense_are_refused() -> None:

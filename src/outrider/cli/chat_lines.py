@@ -10,13 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from outrider.cli import terminal
 from outrider.errors import OutriderError
-
-if TYPE_CHECKING:
-    from outrider.cli.chat import Conversation
 
 BLOCK = '"""'
 """Begins and ends a text of several lines."""
@@ -109,54 +106,81 @@ def _line(prompt: str) -> str | None:
         raise
 
 
+class Talk(Protocol):
+    """What commands show and change of a conversation, see `cli.chat.Conversation`."""
+
+    system: str | None
+    params: Any
+    images: list[Path]
+
+    def clear(self) -> None:
+        """Start over."""
+        ...
+
+    def instruct(self, system: str | None) -> None:
+        """Another system message."""
+        ...
+
+    def show(self, images: Sequence[Path]) -> None:
+        """Show these with the next message."""
+        ...
+
+    def stats(self) -> str:
+        """Figures so far."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """run: gets what stands behind the name, and returns what to say. None: ends the conversation."""
 
     usage: str
     help: str
-    run: Callable[[Conversation, str], str] | None
+    run: Callable[[Talk, str], str] | None
 
 
-def _clear(talk: Conversation, _: str) -> str:
+def _clear(talk: Talk, _: str) -> str:
     talk.clear()
     return "the conversation starts over"
 
 
-def _system(talk: Conversation, text: str) -> str:
+def _system(talk: Talk, text: str) -> str:
     if text:
         talk.instruct(None if text == "-" else text)
     return f"system message: {talk.system or 'none'}"
 
 
-def _temperature(talk: Conversation, text: str) -> str:
+def _temperature(talk: Talk, text: str) -> str:
     if text:
         value = _number(float, text, "a temperature is a number, as in /temperature 0.7")
         talk.params = replace(talk.params, temperature=value)
     return f"temperature {talk.params.temperature:g}"
 
 
-def _draft(talk: Conversation, text: str) -> str:
+def _draft(talk: Talk, text: str) -> str:
     if text:
-        words, otherwise = {"on": None, "off": 0}, "say /draft on, /draft off, or the most tokens of a draft, as in /draft 2"
+        words, otherwise = (
+            {"on": None, "off": 0},
+            "say /draft on, /draft off, or the most tokens of a draft, as in /draft 2",
+        )
         length = words[text] if text in words else _number(int, text, otherwise)
         talk.params = replace(talk.params, draft_length=length)
     most = talk.params.draft_length
     return "drafts are on" if most is None else f"drafts of at most {most} tokens" if most else "drafts are off"
 
 
-def _image(talk: Conversation, text: str) -> str:
+def _image(talk: Talk, text: str) -> str:
     if not text:
         raise OutriderError("name the file of a picture, as in /image photo.png")
     talk.show([Path(text)])
     return f"the next message shows {', '.join(str(path) for path in talk.images)}"
 
 
-def _stats(talk: Conversation, _: str) -> str:
+def _stats(talk: Talk, _: str) -> str:
     return talk.stats()
 
 
-def _help(talk: Conversation, _: str) -> str:
+def _help(talk: Talk, _: str) -> str:
     width = max(len(c.usage) for c in COMMANDS.values())
     lines = [f"  {c.usage:{width}}  {c.help}" for c in COMMANDS.values()]
     more = f"{BLOCK} begins and ends a text of several lines; a line that ends in \\ goes on"
@@ -184,7 +208,7 @@ COMMANDS: Mapping[str, Command] = {
 ENDS = ("/quit", "/exit")
 
 
-def obey(talk: Conversation, line: str) -> str | None:
+def obey(talk: Talk, line: str) -> str | None:
     """What a command answers; None where the line is none. A name that is not there is said, not sent to the model."""
     name, _, rest = line.strip().partition(" ")
     if not name.startswith("/") or name.startswith("//") or "/" in name[1:]:  # a path is a text

@@ -52,7 +52,7 @@ def serve(
     elif asked.replicas is not None:
         from outrider.cli.serve_replicas import serve_replicas
 
-        serve_replicas(context, asked.lengths(configured(engine, speculative_config)), asked, keys)
+        serve_replicas(context, asked.lengths(configured(engine, speculative_config)), asked, keys, run)
         return
     elif asked.restarts:
         raise typer.Exit(keep(asked))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ FRONTS = {
 """Options that are the front's, and how many values each has; the replicas get all others."""
 
 
-def serve_replicas(context: typer.Context, options: EngineOptions, asked: ServeOptions, keys: list[str]) -> None:
+Run = Callable[[Any, ServeOptions, Any, Any], None]
+"""Runs an application, with its options and settings, on a socket that listens, until it is told to end."""
+
+
+def serve_replicas(
+    context: typer.Context, options: EngineOptions, asked: ServeOptions, keys: list[str], run: Run
+) -> None:
     """Serve until it is told to end."""
     from outrider.threads import usable_cores
 
@@ -34,7 +40,7 @@ def serve_replicas(context: typer.Context, options: EngineOptions, asked: ServeO
     if asked.on == "local":
         if asked.address is not None or asked.max_replicas is not None:
             raise ConfigError("--address and --max-replicas are Ray's: add --on ray")
-        on_this_machine(context, options, asked, keys, threads)
+        on_this_machine(context, options, asked, keys, threads, run)
     elif asked.on == "ray":
         refuse_on_ray(asked)
         from outrider.integrations.ray.replicas import Deployment, serve_on_ray
@@ -62,10 +68,9 @@ def refuse_on_ray(asked: ServeOptions) -> None:
 
 
 def on_this_machine(
-    context: typer.Context, options: EngineOptions, asked: ServeOptions, keys: list[str], threads: int
+    context: typer.Context, options: EngineOptions, asked: ServeOptions, keys: list[str], threads: int, run: Run
 ) -> None:
     """Replicas as child processes."""
-    from outrider.cli.serve import run
     from outrider.serve.address import reserve
     from outrider.serve.replicas.front import create_front
     from outrider.serve.replicas.local import LocalReplicas, environment

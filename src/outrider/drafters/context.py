@@ -98,6 +98,12 @@ class Backlog:
         held = self._held.get(slot)
         return held.count if held else 0
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of all rows that wait."""
+        kept = (tensor for held in self._held.values() for taps in held.taps for tensor in taps)
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
     def due(
         self, evidence: Evidence, order: Sequence[int], wanted: Container[int]
     ) -> tuple[list[NewRows], list[Float[Tensor, "n H"]]]:
@@ -141,10 +147,3 @@ class Backlog:
             kept.append(now if count == len(now) else now[found.rows])  # a copy: a view would keep all rows of the step
         self._held[slot] = replace(held, count=held.count + count)
         self._context.next[slot] += count
-
-
-def taps_of(evidence: Evidence, order: Sequence[int], rows: list[int]) -> Float[Tensor, "n K H"]:
-    """Hidden states of `rows`: K of the forward's, by their places in `order`."""
-    hidden = evidence.scores.hidden
-    taps = torch.stack([hidden[n] for n in order], 1) if len(order) > 1 else hidden[order[0]][:, None]
-    return taps if rows == list(range(len(taps))) else taps[rows]

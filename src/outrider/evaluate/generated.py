@@ -13,6 +13,8 @@ import torch
 
 from outrider.errors import ConfigError
 from outrider.evaluate.png import Picture
+from outrider.models.config import read_raw_config
+from outrider.models.dtypes import choose_dtype
 from outrider.models.framed import Framed
 from outrider.models.guided import Guided
 from outrider.models.hf.generators import ImageGenerator, load_generator
@@ -75,7 +77,8 @@ class Opened:
 
 def open_generator(place: Path, guidance: float | None, dtype: str, size: tuple[int, int] | None) -> Opened:
     """A model that writes images. guidance: None: its own scale. Raises ConfigError if it cannot be guided, or not be read."""
-    kind = getattr(torch, dtype)
+    raw = read_raw_config(place)
+    kind = choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), torch.device("cpu"), lean=False)
 
     def target_of(model: ImageGenerator) -> Target:
         scale = model.guidance if guidance is None else guidance

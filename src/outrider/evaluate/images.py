@@ -149,8 +149,9 @@ def load_painter(
 ) -> Painter:
     """An engine for the image model of a folder. draft: a spec of `load_drafter`; a draft model is guided as the target is.
 
-    dtype: see `load_target`. guidance: its scale; None: the model's own. size: height and width in codes, for models that write pictures of any size. Raises
-    ConfigError for a folder that has no raster.json and is no model that writes images, or one whose raster.json does not fit.
+    dtype: see `load_target`. guidance: its scale; None: the model's own. size: height and width in codes, for models that write
+    pictures of any size. Raises ConfigError for a folder that has no raster.json and is no model that writes images, or one whose
+    raster.json does not fit.
     """
     place = resolve_folder(folder)
     written = takes_descriptions(place)

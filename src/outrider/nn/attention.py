@@ -111,7 +111,7 @@ class AttentionPlan:
         cap: float = 0.0,
     ) -> None:
         self._window = window
-        self._heads, self._kv_heads = heads, kv.k.shape[1]
+        self._kv_heads = kv.k.shape[1]
         runs = _runs(rows.segments)
         self._pieces = [_Piece(run, kv, heads // self._kv_heads, set(window), _product(scale, cap)) for run in runs]
         self._write, self._query = _writer(rows, kv), kv.stored.query

@@ -13,8 +13,9 @@ from outrider import transfer
 from outrider.errors import CapabilityError, ConfigError
 from outrider.params import SamplingParams
 from outrider.sampling import cpu, processors
+from outrider.sampling.automaton import Automaton
 from outrider.sampling.bans import rule_out
-from outrider.sampling.grammar import Automaton, Grammars
+from outrider.sampling.grammar import Grammars
 from outrider.sampling.history import History
 from outrider.threads import serially
 from outrider.types import SequenceView

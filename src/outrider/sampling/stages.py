@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from outrider.automata import Mark, Stages
-from outrider.sampling.grammar import EXHAUSTED, Automaton, Grammars
+from outrider.sampling.automaton import EXHAUSTED, Automaton, Compiled
 
 Phase = Literal["first", "thinking", "gap", "free", "inside", "over"]
 TAIL = 64
@@ -52,7 +52,7 @@ class _Walk:
 class StagedAutomaton(Automaton):
     """The position of one sequence in `Stages`."""
 
-    def __init__(self, grammars: Grammars, text: str) -> None:
+    def __init__(self, grammars: Compiled, text: str) -> None:
         self._stages, self._compiler = Stages.read(text), grammars.compiler
         super().__init__(grammars, text)
 

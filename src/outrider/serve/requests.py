@@ -117,7 +117,7 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """The required form of the text; checked along every drafted path (see sampling/grammar.py)."""
+    """The required form of the text; checked along every drafted path (see sampling/automaton.py)."""
 
     type: Literal["text", "json_object", "json_schema"]
     """What the text must be."""

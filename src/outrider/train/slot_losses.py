@@ -169,8 +169,3 @@ def value(nll: Float[Tensor, "N S"], correct: Bool[Tensor, "N S"], mask: Bool[Te
     total = total + how.focal * (e * nll).sum() / (e.sum() + EPS)
     reward = (torch.exp(-(nll * m).cumsum(1)) * m).sum() / (nll.shape[1] * blocks)
     return total - how.chain * reward
-
-
-def leading_run(correct: Bool[Tensor, "N S"], mask: Bool[Tensor, "N S"]) -> Float[Tensor, "N"]:
-    """Accepted slots of each block under greedy verification: per block, then averaged; never products of averages."""
-    return (correct & closed(mask)).int().cumprod(1).sum(1).float()

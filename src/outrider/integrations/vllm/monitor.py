@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from outrider.control.adaptive import Outlook
-from outrider.integrations.vllm.endpoint import Server
+from outrider.integrations.vllm.served import Server
 from outrider.serve.live import state_of
 from outrider.serve.watch import Watching
 
