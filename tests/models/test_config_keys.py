@@ -18,7 +18,7 @@ from outrider.models.checkpoint import load_checkpoint
 from outrider.models.config import FAMILIES, Unsupported, layout_of, read_raw_config
 from outrider.models.lean import LeanTarget
 from outrider.types import Draft, Rows
-from tests.checkpoints import edit_config, make_checkpoint
+from tests.checkpoints import BOUNDS, edit_config, make_checkpoint
 from tests.covering import slow_beyond
 
 TOKENS = [5, 17, 3, 40, 88, 9, 61, 2, 33, 71, 12, 50]
@@ -225,6 +225,8 @@ def in_every_run(key: str, family: str) -> bool:
     for key in VALUES for family in FAMILIES
 ])  # fmt: skip
 def test_every_value_of_a_key_agrees_with_transformers_or_is_refused(models, tmp_path, key: str, family: str) -> None:
+    if family == "gpt_oss" and key.startswith("swiglu_") and not BOUNDS:
+        pytest.skip("this release of transformers has constants there")
     for value in VALUES[key]:
         agree_or_refuse(models[family], tmp_path, **{key: value})
         if key in TOGETHER:
