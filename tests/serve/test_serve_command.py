@@ -76,6 +76,20 @@ def test_one_command_serves_the_shipped_pair_survives_kill_9_and_ends_on_sigterm
         assert process.wait(20) == 0
 
 
+def test_one_command_serves_replicas_behind_one_address() -> None:
+    port, body = a_port(), json.dumps({"model": "pycode", "prompt": "def f(", "max_tokens": 5, "seed": 1}).encode()
+    command = [sys.executable, "-m", "outrider.cli.main", "serve", "--port", str(port), "--replicas", "1"]
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = next((line for line in process.stderr if f"http://127.0.0.1:{port}" in line), "")  # to its end, if it ends
+        assert said and process.poll() is None
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            assert json.loads(reply.read())["usage"]["completion_tokens"] == 5
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
 def test_exported_files_name_metrics_that_exist(tmp_path: Path) -> None:
     result = RUN.invoke(app, ["dashboards", "export", str(tmp_path), "--json"])
     assert result.exit_code == 0

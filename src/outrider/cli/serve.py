@@ -23,6 +23,7 @@ from outrider.errors import ConfigError
 from outrider.options import EngineOptions
 
 if TYPE_CHECKING:
+    from outrider.serve.server import Beside
     from outrider.serve.settings import Settings
 
 PAST = 50
@@ -63,7 +64,8 @@ def serve(
     asked.log()
     options = asked.lengths(configured(engine, speculative_config))
     settings = asked.settings(options.target, keys, options.slots)
-    run(application(options, asked, settings), asked, settings, listener)
+    served = application(options, asked, settings)
+    run(served, asked, settings, listener, served.state.bridge.warm)
 
 
 def application(options: EngineOptions, asked: ServeOptions, settings: Settings) -> Any:
@@ -84,8 +86,8 @@ def application(options: EngineOptions, asked: ServeOptions, settings: Settings)
     return create_app(partial(load_engine, options, texts=False), settings, adaptive=False, past=past, trial=trial)
 
 
-def run(app: Any, asked: ServeOptions, settings: Settings, listener: socket.socket) -> None:
-    """Serve until it is told to end."""
+def run(app: Any, asked: ServeOptions, settings: Settings, listener: socket.socket, beside: Beside | None = None) -> None:
+    """Serve until it is told to end. beside: see `serve.server.Server`."""
     from outrider.serve.server import server_for, silent
 
     line, port = None, listener.getsockname()[1]
@@ -97,7 +99,7 @@ def run(app: Any, asked: ServeOptions, settings: Settings, listener: socket.sock
     told.open = lambda: len(app.state.bridge.tickets)
     try:
         say = silent if asked.replica else told
-        server_for(app, settings, asked.host, port, line, say, app.state.bridge.warm).run([listener])
+        server_for(app, settings, asked.host, port, line, say, beside).run([listener])
     except KeyboardInterrupt:  # while it loaded
         end_now()
 
