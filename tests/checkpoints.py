@@ -9,6 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 HEAD = {"head_dim": 16}
+BOUNDS = hasattr(AutoConfig.for_model("gpt_oss"), "swiglu_limit")
+"""Whether this release of transformers reads the bounds of gpt-oss's experts; before, they were constants."""
 FAMILIES: dict[str, dict] = {
     "llama": {}, "qwen2": {}, "qwen3": HEAD, "mistral": {}, "gemma": HEAD, "gemma2": HEAD | {"sliding_window": 5},
     "gemma3_text": HEAD | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
@@ -25,7 +27,7 @@ FAMILIES: dict[str, dict] = {
     },
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "pad_token_id": None, "eos_token_id": None},
     "gpt_oss": HEAD | {
-        "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 5, "swiglu_limit": 1.5,
+        "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 5, **({"swiglu_limit": 1.5} if BOUNDS else {}),
         "rope_parameters": {
             "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False,
             "beta_fast": 32.0, "beta_slow": 1.0,

@@ -93,6 +93,16 @@ def test_a_folder_without_tokenizer_is_not_fit(tmp_path: Path, monkeypatch, caps
         assert (int(end.value.code or 0), found["ok"]) == (code, ok)
         assert [c["ok"] for c in found["checks"] if c["check"] == "tokenizer"] == [ok]
     assert "has no tokenizer.json" in str(found["checks"])
+    for command in (["generate", "x"], ["chat"], ["bench"], ["predict"], ["plan"], ["audit"], ["tree"]):
+        monkeypatch.setattr(sys, "argv", ["outrider", *command, "--target", str(tmp_path / "bare")])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        assert (end.value.code, said.out) == (2, "") and "Traceback" not in said.err
+        assert said.err.splitlines()[-1].startswith(f"outrider: {tmp_path / 'bare'} has no tokenizer.json: "), (
+            "as doctor says"
+        )
+        assert len(said.err.splitlines()) == 1, "before a weight is read, so that no notice of loading stands before it"
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,11 @@ PATIENCE = float(os.environ.get("JOURNEY_PATIENCE", "900"))
 """Seconds after which a command is taken to hang. No speed is judged."""
 
 
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # what a shell runs in its background ignores Ctrl-C, and so would its children
+
+
 class Friction(AssertionError):
     """Something that a user would stumble over."""
 

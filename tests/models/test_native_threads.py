@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import shutil
 import subprocess
@@ -55,20 +56,27 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = compile_("choice.cpp", tmp_path_factory.mktemp("choice") / "choice.so", "-O1", "-shared", "-fPIC")
     library = ctypes.CDLL(str(path))
     library.choice_new.restype = ctypes.c_void_p
-    library.choice_begin.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_int]
-    library.choice_end.argtypes = [ctypes.c_void_p, ctypes.c_double, ctypes.c_double]
+    library.choice_begin.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
+    library.choice_end.argtypes = [ctypes.c_void_p, ctypes.c_double, ctypes.c_double, *[ctypes.c_int] * 3]
     library.choice_free.argtypes = [ctypes.c_void_p]
     return library
 
 
+UNKNOWN = 0, 1 << 30
+
+
 @dataclass
 class World:
-    """A machine with its own clock. seconds(threads, now): what a forward of one row takes. crowded(now): crowded threads."""
+    """A machine with its own clock. seconds(threads, now): what a forward of one row takes. crowded(now): crowded threads.
+
+    room(now): what a count says of cores that others leave, at least and at most.
+    """
 
     library: ctypes.CDLL
     seconds: Callable[[int, float], float]
     crowded: Callable[[float], int]
     most: int = 2
+    room: Callable[[float], tuple[int, int]] = lambda now: UNKNOWN
     now: float = 100.0
 
     def __post_init__(self) -> None:
@@ -76,10 +84,10 @@ class World:
 
     def forward(self, rows: int = 1, scale: float = 1.0) -> tuple[int, float]:
         """Threads and seconds of the next one; `scale` times as long as one row."""
-        threads = self.library.choice_begin(self.choice, self.most, rows, self.now, self.crowded(self.now))
+        threads = self.library.choice_begin(self.choice, self.most, rows)
         spent = scale * self.seconds(threads, self.now)
         self.now += spent
-        self.library.choice_end(self.choice, spent, self.now)
+        self.library.choice_end(self.choice, spent, self.now, self.crowded(self.now), *self.room(self.now))
         return threads, spent
 
     def run(self, seconds: float) -> float:
@@ -158,3 +166,118 @@ def test_forwards_of_other_sizes_are_not_compared(world: Callable[..., World]) -
         rows, scale = ((1, 1.0), (8, 4.0), (200, 30.0))[i % 7 % 3]
         sizes.append(mixed.forward(rows, scale)[0])
     assert sizes[3000:].count(1) > 0.9 * 3000
+
+
+# ---------------------------------------------------------------------------------------------- how many, by the count of others
+
+
+@FORWARDS
+def test_where_the_count_leaves_no_core_threads_go_and_come_at_once(world: Callable[..., World], one: float) -> None:
+    """Within five forwards, or the three counts that it takes; without the count it takes a trial to go, and a pause to come."""
+    busy = lambda now: 101.0 <= now < 110.0  # noqa: E731
+    told = world(
+        lambda n, now: one if n == 1 else one * (4.0 if busy(now) else 0.5),
+        lambda now: int(busy(now)),
+        room=lambda now: (1, 1) if busy(now) else (2, 2),
+    )
+    for start, threads in ((101.0, 1), (110.0, 2)):
+        told.run(start - told.now)
+        found = [told.forward()[0] for _ in range(max(5, int(8e-3 / one)))]
+        assert found[-1] == threads
+    assert {told.forward()[0] for _ in range(200)} == {2}
+
+
+def test_a_trial_contradicts_the_count(world: Callable[..., World]) -> None:
+    """Neighbours of low priority: the count leaves one core, two threads are nearly twice as fast. At least 0.8 of their speed."""
+    draw = random.Random(1)
+    nice = world(
+        lambda n, now: 1e-3 if n == 1 else 0.55e-3 * draw.choice((0.8, 1.2)),
+        lambda now: int(draw.random() < 0.02),
+        room=lambda now: (1, 1),
+    )
+    nice.run(2.0)
+    assert nice.run(60.0) >= 0.8 / 0.55e-3
+
+
+def test_a_count_that_does_not_see_the_neighbours_costs_little(world: Callable[..., World]) -> None:
+    """Cores that a hypervisor takes: the count leaves all, and two threads are twice as slow. At least 0.9 of one thread's speed."""
+    stolen = world(lambda n, now: 1e-3 * n, lambda now: 1, room=lambda now: (2, 2))
+    stolen.run(10.0)
+    assert stolen.run(60.0) >= 0.9 / 1e-3
+
+
+@pytest.mark.parametrize(
+    ("runnable", "ours", "cores", "allowed", "room"),
+    [
+        (1, 1, 2, 2, (2, 2)),  # nobody else
+        (2, 1, 2, 2, (1, 1)),
+        (3, 2, 2, 2, (1, 1)),
+        (9, 2, 2, 2, (0, 1)),  # a thread has to run somewhere
+        (1, 2, 2, 2, (2, 2)),  # ours sleep already
+        (31, 1, 64, 2, (0, 2)),  # thirty others of a large machine, who knows where
+        (63, 1, 64, 4, (0, 2)),  # all but two are taken, at best by those on cores that are not ours
+        (1, 1, 64, 4, (4, 4)),
+        (0, 1, 2, 2, UNKNOWN),
+    ],
+)
+def test_room_is_bounded_by_where_others_may_be(
+    library: ctypes.CDLL, runnable: int, ours: int, cores: int, allowed: int, room: tuple[int, int]
+) -> None:
+    numbers = runnable, ours, cores, allowed
+    assert (library.least_room(*numbers), library.most_room(*numbers)) == room
+
+
+@pytest.mark.parametrize(
+    ("text", "runnable"),
+    [
+        ("0.53 1.19 2.94 2/100 8554", 2),
+        ("12.00 0.01 0.05 17/1229 9\n", 17),
+        ("0.00 0.00 0.00 0/0 0", 0),
+        ("", 0),
+        ("cpu 1 2/3", 0),
+    ],
+)
+def test_the_count_is_read_from_the_load_average(library: ctypes.CDLL, text: str, runnable: int) -> None:
+    assert library.runnable(text.encode()) == runnable
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="no count on this system")
+def test_room_of_this_machine_is_within_its_cores(library: ctypes.CDLL) -> None:
+    """Unknown for more threads than there are cores: a thread bound to some sees no others."""
+    allowed = len(os.sched_getaffinity(0))
+    least, most = library.least_room_now(1, allowed), library.most_room_now(1, allowed)
+    assert (0 <= least <= allowed and 1 <= most <= allowed) or (least, most) == UNKNOWN
+    assert (library.least_room_now(1, allowed + 1), library.most_room_now(1, allowed + 1)) == UNKNOWN
+
+
+# ------------------------------------------------------------------------------------------------------- on a simulated machine
+
+
+@pytest.fixture(scope="module")
+def seconds(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., float]:
+    """What texts take on the machine of machine.cpp."""
+    program = compile_("machine.cpp", tmp_path_factory.mktemp("machine") / "machine", "-O2")
+
+    def run(threads: int, way: int, tokens: int, seeds: range) -> float:
+        calls = [[program, str(threads), str(way), str(tokens), str(seed)] for seed in seeds]
+        return sum(float(subprocess.run(c, check=True, capture_output=True, text=True).stdout) for c in calls)
+
+    return run
+
+
+WAYS = ["alone", "beside one", "beside two", "beside two, each in a group of its own"]
+SEEDS = range(1, 4)
+
+
+@pytest.mark.parametrize("way", range(4), ids=WAYS)
+def test_beside_spinning_neighbours_it_is_nearly_the_better_of_one_and_two_threads(
+    seconds: Callable[..., float], way: int
+) -> None:
+    """Texts of 128 tokens, each after one beside other neighbours: at least 0.9 of the better one's speed, alone at least 0.98."""
+    better = min(seconds(1, way, 128, SEEDS), seconds(2, way, 128, SEEDS))
+    assert better / seconds(0, way, 128, SEEDS) >= (0.9 if way else 0.98)
+
+
+def test_without_the_count_it_is_not(seconds: Callable[..., float]) -> None:
+    """The control: this machine is one where trials alone lose a tenth beside two neighbours."""
+    assert min(seconds(1, 2, 128, SEEDS), seconds(2, 2, 128, SEEDS)) / seconds(-1, 2, 128, SEEDS) < 0.9

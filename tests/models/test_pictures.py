@@ -72,7 +72,7 @@ BAD = {
     "bomb": (bomb(60_000, 60_000), "pixels"),
     "wide": (bomb(30_000, 1), "no side"),
     "empty pixels": (bomb(300, 300), "damaged"),
-    "16 bits": (deep(), "mode I;16"),
+    "16 bits": (deep(), "mode I"),
     "moving": (file_of(picture(1), "GIF", save_all=True, append_images=[picture(2)]), "animated"),
     "a number": (7, "is int"),
     "no file": ("/nowhere/a.png", "cannot be read"),

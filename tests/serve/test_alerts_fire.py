@@ -72,11 +72,11 @@ def engine_with(wrong: int, rule: Any = None, target: Target | None = None) -> E
 
 @contextmanager
 def watched(engine: Engine, body: dict[str, Any] | None = None, clients: int = 1, **options: Any) -> Iterator[Running]:
-    """A server under traffic whose alerts look often and hold for a moment."""
+    """A server under traffic whose alerts look often and hold for a moment, over a minute: some need a thousand steps."""
     stop = threading.Event()
 
     def quick(watch: Monitor) -> None:
-        watch.period, watch.window, watch.alerts.hold = 0.05, 30.0, 0.1  # enough counts in a window on a busy machine too
+        watch.period, watch.window, watch.alerts.hold = 0.05, 60.0, 0.1
 
     with serving(engine=engine, arrange=quick, **options) as running:
 
@@ -98,7 +98,7 @@ def watched(engine: Engine, body: dict[str, Any] | None = None, clients: int = 1
 def fires(running: Running, name: str) -> None:
     """Wait until it does, and until the metrics say so."""
     rows = lambda: {r["name"] for r in running.watch.alerts.table() if r["firing"]}  # noqa: E731
-    until(lambda: name in rows(), say=lambda: (rows(), running.watch.reading()))
+    until(lambda: name in rows(), 60, lambda: (rows(), running.watch.reading()))
     text = running.call("GET", "/metrics")[2].decode()
     assert f'outrider_alert_firing{{alert="{name}",model_name="pycode"}} 1.0' in text
 

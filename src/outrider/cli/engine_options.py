@@ -171,16 +171,30 @@ def configured(options: EngineOptions, speculative_config: str | None) -> Engine
     return options.changed(**parse_speculative_config(speculative_config))
 
 
-def load_engine(options: EngineOptions, **wiring: Any) -> Engine:
-    """`build_engine` with a progress bar and with notices (fallbacks, choices) on stderr. wiring: sinks and the like."""
+def load_engine(options: EngineOptions, *, texts: bool = True, **wiring: Any) -> Engine:
+    """`build_engine` with a progress bar and with notices (fallbacks, choices) on stderr. texts: the engine is given texts, so that
+    a target without a tokenizer is refused, before its weights are read. wiring: sinks and the like."""
     from dataclasses import asdict
 
     from outrider.build import build_engine
 
     with terminal.loading("loading") as progress:
+        if texts and options.target is not None:
+            wiring["tokenizer"] = tokenizer_of(options.target, options.dtype)
         engine = build_engine(progress=progress, **asdict(options), **wiring)
     tell(engine.notices)
     return engine
+
+
+def tokenizer_of(target: str, dtype: str) -> Any:
+    """The tokenizer of a target. Raises ConfigError as `doctor` says it; what keeps the model from running goes first."""
+    from outrider.models.load import find_tokenizer, inspect_checkpoint, load_tokenizer
+
+    found = find_tokenizer(target)
+    if found is not None:
+        return found
+    inspect_checkpoint(target, dtype=dtype)
+    return load_tokenizer(target)
 
 
 def tell(notices: Iterable[str]) -> None:

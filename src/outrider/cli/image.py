@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import typer
-
 from outrider.cli import terminal
 from outrider.cli.engine_options import ENGINE, tell
 from outrider.cli.image_options import ImageOptions
@@ -112,11 +110,12 @@ def document_of(engine: Any, asked: ImageOptions) -> dict[str, Any]:
 
 def print_document(d: dict[str, Any]) -> None:
     """The document for people."""
+    out = terminal.console()
     book = d["ledger"]
-    typer.echo(
+    out.print(
         f"{d['file']}: {d['pictures']} pictures, {d['tokens']} tokens in {d['passes']} passes, {d['tokens_per_pass']:.2f} a pass"
     )
-    typer.echo(
+    out.print(
         f"rejections: predicted {book['predicted']:.1f}, observed {book['observed']}, expected within {book['low']:.0f} to "
         f"{book['high']:.0f}" + ("" if d["lossless"] else f"; distance from the model spent: {d['bias']:.2f}")
     )

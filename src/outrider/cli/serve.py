@@ -81,7 +81,7 @@ def application(options: EngineOptions, asked: ServeOptions, settings: Settings)
         else:
             trial = trial_of(asked.experiment, store, options, fixed=options.follows == "fixed")
     past = None if store is None else past_of(store)
-    return create_app(partial(load_engine, options), settings, adaptive=False, past=past, trial=trial)
+    return create_app(partial(load_engine, options, texts=False), settings, adaptive=False, past=past, trial=trial)
 
 
 def run(app: Any, asked: ServeOptions, settings: Settings, listener: socket.socket) -> None:

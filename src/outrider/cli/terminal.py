@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,13 @@ def console(*, stderr: bool = False) -> Console:
     if not console.is_terminal or console.is_dumb_terminal:
         return Console(stderr=stderr, highlight=False, width=PIPE, color_system=None, force_terminal=False)
     return console
+
+
+def pair(name: str, text: str) -> None:
+    """A name and what belongs to it, on stdout; what is too long for the terminal goes on below itself."""
+    out, first = console(), f"{name:12} "
+    out.print(textwrap.fill(text, out.width, initial_indent=first, subsequent_indent=" " * len(first),
+                            break_long_words=False, break_on_hyphens=False), markup=False)  # fmt: skip
 
 
 def plain(console: RichConsole) -> bool:

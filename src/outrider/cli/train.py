@@ -59,8 +59,8 @@ def show(document: dict[str, Any], json: bool) -> None:
         return
     for key, value in document.items():
         if key.endswith("_bytes"):
-            typer.echo(f"{key.removesuffix('_bytes'):12} {value / 2**20:,.0f} MiB")
+            terminal.pair(key.removesuffix("_bytes"), f"{value / 2**20:,.0f} MiB")
         elif isinstance(value, dict):
-            typer.echo(f"{key:12} " + ", ".join(f"{k} {v:,.0f}" for k, v in value.items()))
+            terminal.pair(key, ", ".join(f"{k} {v:,.0f}" for k, v in value.items()))
         else:
-            typer.echo(f"{key:12} {value:,.4g}" if isinstance(value, float) else f"{key:12} {value}")
+            terminal.pair(key, f"{value:,.4g}" if isinstance(value, float) else str(value))

@@ -83,24 +83,25 @@ def document_of(ranks: Any, times: Any, found: Any, model: str) -> dict[str, Any
 
 def print_document(d: dict[str, Any]) -> None:
     """The answer first, then what it rests on."""
+    out = terminal.console()
     rates, drawn = d["tokens_per_second"], d["parent"]
     if drawn is None:
-        typer.echo(
+        out.print(
             f"do not speculate with a tree: plain decoding gives {rates['plain']:.0f} tokens/s, and no tree is faster"
         )
     else:
-        typer.echo(f"--draft '{d['draft']}' --length {d['length']} --rule speculative_sampling")
-        typer.echo(
+        out.print(f"--draft '{d['draft']}' --length {d['length']} --rule speculative_sampling", soft_wrap=True)
+        out.print(
             f"{len(drawn)} nodes, {d['tokens_per_step']:.2f} tokens per step: {rates['tree']:.0f} tokens/s expected; best chain "
             f"(length {d['chain_length']}) {rates['chain']:.0f}, plain {rates['plain']:.0f}"
         )
         for line in draw_tree(drawn):
-            typer.echo("  " + line)
-    typer.echo(f"prompts: {told(d['data'])}")
+            out.print("  " + line)
+    out.print(f"prompts: {told(d['data'])}")
     by_rank = ", ".join(f"{a:.3f} ± {e:.3f}" for a, e in zip(d["acceptance_by_rank"], d["standard_error"], strict=True))
-    typer.echo(f"acceptance by rank ({d['node_sets']} node sets): {by_rank}")
+    out.print(f"acceptance by rank ({d['node_sets']} node sets): {by_rank}")
     steps = ", ".join(f"{n}: {1e3 * s:.2f}" for n, s in d["step_seconds"].items())
-    typer.echo(f"milliseconds of a step by nodes: {steps}; of a level of drafting {1e3 * d['level_seconds']:.2f}")
+    out.print(f"milliseconds of a step by nodes: {steps}; of a level of drafting {1e3 * d['level_seconds']:.2f}")
 
 
 def draw_tree(parent: list[int]) -> list[str]:

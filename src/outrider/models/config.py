@@ -264,6 +264,8 @@ def _default_windows(raw: dict, family: Family, layers: int, width: int, where: 
     if "no_rope_layers" in family.options:
         turned = _turned_layers(raw, family, layers, (), where)
         return tuple(width if turn < 0 else 0 for turn in turned)
+    if "max_window_layers" not in family.options:
+        return (width,) * layers
     first = whole(raw, "max_window_layers", where, default=28, least=0, most=1 << 20)
     return tuple(width if i >= first else 0 for i in range(layers))
 

@@ -1,7 +1,10 @@
-// How many threads forwards run on, chosen by what they took. Clocks are the caller's: nothing here looks at the time.
+// How many threads forwards run on, chosen by what they took and by the cores that others leave. Clocks are the caller's: nothing
+// here looks at the time.
 #pragma once
 
 #include <cstdint>
+
+#include "others.h"
 
 namespace outrider {
 
@@ -15,31 +18,86 @@ struct Mean {
     }
 };
 
-// Where threads are crowded out by other processes, a smaller crew is tried for some forwards and kept if it was faster; the
-// whole one is tried again from time to time. Where none is, nothing is tried: on cores of its own a decoder loses nothing.
+// The last counts of the cores that others leave: what all of them say.
+class Counts {
+   public:
+    void add(const Room& room, double now) {
+        if (now - last_ > FRESH) known_ = 0;
+        room_[at_] = room, at_ = (at_ + 1) % WANTED, last_ = now;
+        if (known_ < WANTED) ++known_;
+    }
+    void forget() { known_ = 0; }
+    bool due(double now) const { return now - last_ >= APART; }
+
+    // Whether there were as many cores as that in all of them, or in none.
+    bool surely(int threads) const { return agree([=](const Room& r) { return r.least >= threads; }); }
+    bool hardly(int threads) const { return agree([=](const Room& r) { return r.most < threads; }); }
+    // Cores that there were at most in the last one.
+    int most() const { return room_[(at_ + WANTED - 1) % WANTED].most; }
+
+   private:
+    static constexpr int WANTED = 3;
+    static constexpr double APART = 2e-3;  // seconds between counts
+    static constexpr double FRESH = 2.0;   // that older ones are forgotten after
+
+    template <class Says>
+    bool agree(const Says& says) const {
+        for (int i = 0; i < WANTED; ++i)
+            if (known_ < WANTED || !says(room_[i])) return false;
+        return true;
+    }
+
+    Room room_[WANTED];
+    int at_ = 0, known_ = 0;
+    double last_ = -1.0;
+};
+
+// Where threads are crowded out by other processes, fewer are chosen: at once where the count of runnable threads leaves no core
+// for them, otherwise if some forwards on fewer were faster. All are taken again at once where the count leaves cores for all;
+// otherwise they are tried from time to time. Where no thread is crowded out, nothing is tried or counted: on cores of its own a
+// decoder loses nothing.
 class Choice {
    public:
     Choice() = default;
 
-    // Threads for a forward of `rows` rows that begins at `now` (seconds), `most` at most. `crowded(n)` of n threads are.
-    template <class Crowded>
-    int begin(int most, int64_t rows, double now, const Crowded& crowded) {
+    // Threads for a forward of `rows` rows, `most` at most.
+    int begin(int most, int64_t rows) {
         if (most != most_) *this = Choice(most);
         bucket_ = bucket(rows);
-        if (!trying_ && now >= next_) plan(size_ > 1 ? crowded(size_) : 0);
         return trying_ ? other_ : size_;
     }
 
-    // The forward has taken `spent` seconds and ended at `now`. Whether the size has changed: who was crowded may not be now.
-    bool end(double spent, double now) {
+    // Whether the forward begun should end with a count. crowded: some thread was left waiting.
+    bool asks(bool crowded, double now) const { return most_ > 1 && (size_ < most_ || crowded) && counts_.due(now); }
+    void count(const Room& room, double now) { counts_.add(room, now); }
+
+    // The forward has taken `spent` seconds and ended at `now`. Of n threads `crowded(n, part)` were without a core for more than
+    // that part of the time. Whether the size has changed: who was crowded may not be now.
+    template <class Crowded>
+    bool end(double spent, double now, const Crowded& crowded) {
         if (most_ == 1) return false;
         (trying_ ? tried_ : usual_)[bucket_].add(spent, spent, MEMORY);
-        if (!trying_) return false;
-        trial_ += spent, ++forwards_;
-        if (usual_[bucket_].known) compared_ += spent, expected_ += usual_[bucket_].value;
-        const bool hopeless = compared_ > 1.5 * expected_ + SLICE;
-        return (hopeless || (trial_ >= TRIAL && forwards_ >= FORWARDS)) && judge(now);
+        if (trying_) {
+            trial_ += spent, ++forwards_;
+            if (usual_[bucket_].known) compared_ += spent, expected_ += usual_[bucket_].value;
+            const bool hopeless = compared_ > 1.5 * expected_ + SLICE;
+            return (hopeless || (trial_ >= (against_ ? 4 * TRIAL : TRIAL) && forwards_ >= FORWARDS)) && judge(now);
+        }
+        if (size_ < most_ && counts_.surely(most_) && now >= rise_) return rise(now);
+        if (size_ > 1 && counts_.hardly(size_) && now >= doubted_ && crowded(size_, 2 * AWAY) > 0) return fall(counts_.most(), now);
+        if (now >= next_) plan(size_ > 1 ? crowded(size_, AWAY) : 0);
+        return false;
     }
+
+    // Fewer threads, without a trial: there are cores left for so many. Whether that is a change.
+    bool fall(int left, double now) {
+        if (trying_ || size_ <= left || now < doubted_) return false;
+        if (next_ < now + LAST_PAUSE) next_ = now + LAST_PAUSE;
+        change(left, now);
+        return fell_ = true;
+    }
+    bool fell() const { return fell_; }
+    int size() const { return size_; }
 
     // What a forward like the one begun usually takes, in seconds; 0: not known.
     double usual() const { return usual_[bucket_].value; }
@@ -50,10 +108,13 @@ class Choice {
     static constexpr int BUCKETS = 64;
     static constexpr double SLICE = 4e-3;   // about what a scheduler gives to one thread before the next
     static constexpr double TRIAL = 6 * SLICE;
+    static constexpr double AWAY = 0.15;    // a thread that is away for more of the time is crowded out
     static constexpr int FORWARDS = 3;      // that a trial has at least, unless it is hopeless
     static constexpr double FASTER = 0.95;  // what a trial must take of the usual time to be followed
     static constexpr double FIRST_PAUSE = 0.06, LAST_PAUSE = 1.0;  // seconds between trials
+    static constexpr double LASTING = 8 * LAST_PAUSE;  // a change that lasts so long was right
     static constexpr double PRICE = 0.03;   // part of the time that trials may cost: longer pauses where they cost more
+    static constexpr double PRICE_AGAINST = 0.005;  // the same where the count leaves no core: neighbours may be of low priority
 
     explicit Choice(int most) : most_(most), size_(most) {}
 
@@ -64,12 +125,33 @@ class Choice {
         return at < BUCKETS ? at : BUCKETS - 1;
     }
 
+    // All threads, without a trial.
+    bool rise(double now) {
+        if (now - rose_ > LASTING) rise_pause_ = FIRST_PAUSE;
+        rose_ = now;
+        return change(most_, now);
+    }
+
+    bool change(int size, double now) {
+        size_ = size, changed_ = now, fell_ = false;
+        for (Mean& m : usual_) m = Mean();
+        counts_.forget();
+        return true;
+    }
+
+    // The count left cores for all, and they were crowded out without its saying so: it does not see everything.
+    void misled(double now) {
+        rise_ = now + rise_pause_;
+        rise_pause_ = 2 * rise_pause_ < LASTING ? 2 * rise_pause_ : LASTING;
+    }
+
     void plan(int crowded) {
         const bool down = crowded > 0 && size_ > 1, up = size_ < most_;
         if (!down && !up) return;
         other_ = down && !(up && was_down_) ? (size_ > crowded ? size_ - crowded : 1) : most_;
         was_down_ = other_ < size_;
         trying_ = true, trial_ = compared_ = expected_ = 0.0, forwards_ = 0;
+        against_ = other_ > size_ && counts_.hardly(other_);
         for (Mean& m : tried_) m = Mean();
     }
 
@@ -79,23 +161,29 @@ class Choice {
         trying_ = false;
         const bool better = compared_ < FASTER * expected_, up = other_ > size_;
         if (better) {
-            size_ = other_;
+            if (up && now - changed_ > LASTING) up_pause_ = FIRST_PAUSE;
+            down_pause_ = FIRST_PAUSE;
+            doubted_ = against_ ? now + LASTING : now;
+            if (!up && now - rose_ < LASTING && !counts_.hardly(size_)) misled(now);
+            change(other_, now);
             for (int i = 0; i < BUCKETS; ++i) usual_[i] = tried_[i];
-            if (up && now - changed_ > 8 * LAST_PAUSE) up_pause_ = FIRST_PAUSE;
-            down_pause_ = FIRST_PAUSE, changed_ = now;
         }
         double& pause = up ? up_pause_ : down_pause_;
         if (better != up) pause = 2 * pause < LAST_PAUSE ? 2 * pause : LAST_PAUSE;
-        const double cost = better ? 0.0 : (compared_ - expected_) / PRICE;
+        const double cost = better ? 0.0 : (compared_ - expected_) / (against_ ? PRICE_AGAINST : PRICE);
         const double wait = size_ < most_ ? up_pause_ : down_pause_;
         next_ = now + (cost > wait ? cost : wait);
         return better;
     }
 
     int most_ = 0, size_ = 0, other_ = 0, bucket_ = 0, forwards_ = 0;
-    bool trying_ = false, was_down_ = false;
+    bool trying_ = false, was_down_ = false, fell_ = false;
+    bool against_ = false;  // what is tried, the count
     double next_ = 0.0, changed_ = 0.0, down_pause_ = FIRST_PAUSE, up_pause_ = FIRST_PAUSE;
+    double rose_ = -LASTING, rise_ = 0.0, rise_pause_ = FIRST_PAUSE;  // of threads taken again without a trial
+    double doubted_ = 0.0;  // until when the count is not believed: a trial has contradicted it
     double trial_ = 0.0, compared_ = 0.0, expected_ = 0.0;
+    Counts counts_;
     Mean usual_[BUCKETS], tried_[BUCKETS];
 };
 

@@ -2,7 +2,8 @@
 //
 // Other processes may want the same cores. A thread that has lost its core in the middle of a unit is waited for until the
 // scheduler brings it back, for milliseconds, so fewer threads may be faster. A crew notices how long each thread was without a
-// core, and Choice chooses by it. Only speed depends on what is chosen here, never a bit of a result.
+// core, counts how many cores others leave, and Choice chooses by both. Only speed depends on what is chosen here, never a bit of
+// a result.
 #pragma once
 
 #include <time.h>
@@ -24,6 +25,36 @@ inline double seconds_on_core() {
     timespec t;
     return clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t) == 0 ? (double)t.tv_sec + 1e-9 * (double)t.tv_nsec : 0.0;
 }
+
+// What the crews of a process tell each other.
+class Crews {
+   public:
+    static Crews& all() {
+        static Crews crews;
+        return crews;
+    }
+
+    // A crew's threads have ended a forward. Their runtime lets them spin for some milliseconds: they are runnable for that long.
+    void ran(int threads, double now) {
+        if (threads == 1 || !largest(threads, now)) return;
+        team_.store(threads, std::memory_order_relaxed), ran_.store(now, std::memory_order_relaxed);
+    }
+    bool largest(int threads, double now) const {
+        return threads >= team_.load(std::memory_order_relaxed) || now - ran_.load(std::memory_order_relaxed) > REST;
+    }
+
+    // The count left so many cores. Neighbours of one crew are neighbours of all.
+    void fall(int left, double now) {
+        left_.store(left, std::memory_order_relaxed), fell_.store(now, std::memory_order_release);
+    }
+    double fell() const { return fell_.load(std::memory_order_acquire); }
+    int left() const { return left_.load(std::memory_order_relaxed); }
+
+   private:
+    static constexpr double REST = 0.02;  // seconds
+    std::atomic<int> team_{1}, left_{0};
+    std::atomic<double> ran_{0.0}, fell_{0.0};
+};
 
 class Crew {
    public:
@@ -52,7 +83,9 @@ class Crew {
     int begin(int most, int64_t rows) {
         if (most > room_ && !grow(most)) return 0;
         start_ = seconds_now();
-        running_ = choice_.begin(most, rows, start_, [this](int threads) { return crowded(threads); });
+        const double fell = Crews::all().fell();
+        if (fell > told_ && choice_.fall(Crews::all().left(), start_)) forget();
+        told_ = fell, most_ = most, running_ = choice_.begin(most, rows);
         watched_ = running_ > 1 && (choice_.usual() == 0.0 || choice_.usual() > SHORT || ++skipped_ >= SKIPS);
         if (watched_) skipped_ = 0;
         return running_;
@@ -78,15 +111,23 @@ class Crew {
 
     void end() {
         const double now = seconds_now(), spent = now - start_;
-        for (int i = 0; watched_ && i < running_; ++i) member_[i].note(spent);
-        if (!choice_.end(spent, now)) return;
+        bool waited = false;
+        for (int i = 0; watched_ && i < running_; ++i) waited |= member_[i].note(spent);
+        Crews& crews = Crews::all();
+        crews.ran(running_, now);
+        if (choice_.asks(waited, now) && crews.largest(running_, now)) choice_.count(room_now(running_, most_), now);
+        if (!choice_.end(spent, now, [this](int threads, double part) { return crowded(threads, part); })) return;
+        if (choice_.fell()) crews.fall(choice_.size(), now);
+        forget();
+    }
+
+    void forget() {
         for (int i = 0; i < room_; ++i) member_[i].away = Mean();
     }
 
     static constexpr int SKIPS = 8;         // of so many short forwards one is watched: looking costs half a microsecond
     static constexpr double SHORT = 1e-4;   // seconds
     static constexpr double BRIEF = 3e-4;   // being away no longer than this is waking up
-    static constexpr double AWAY = 0.15;    // a thread that is away for more of the time is crowded out
 
     struct alignas(64) Member {
         double on_core = 0.0, absent = 0.0;
@@ -94,11 +135,13 @@ class Crew {
         std::atomic<int> cpu{-1};
         Mean away;  // part of the time
 
-        void note(double spent) {
-            if (!worked) return;
+        // Whether it was away.
+        bool note(double spent) {
+            if (!worked) return false;
             const double part = absent > BRIEF ? absent / spent : 0.0;
             away.add(part < 1.0 ? part : 1.0, spent, Choice::MEMORY / 3);
             worked = false;
+            return part > 0.0;
         }
     };
 
@@ -109,9 +152,10 @@ class Crew {
         return member_ != nullptr;
     }
 
-    int crowded(int threads) const {
+    // Of `threads`, how many were away for more than that part of the time.
+    int crowded(int threads, double part) const {
         int out = 0;
-        for (int i = 0; i < threads; ++i) out += member_[i].away.value > AWAY;
+        for (int i = 0; i < threads; ++i) out += member_[i].away.value > part;
         return out;
     }
 
@@ -144,9 +188,9 @@ class Crew {
     }
 #endif
 
-    int room_ = 0, running_ = 0, skipped_ = 0;
+    int room_ = 0, most_ = 0, running_ = 0, skipped_ = 0;
     bool watched_ = false;
-    double start_ = 0.0;
+    double start_ = 0.0, told_ = 0.0;
     Choice choice_;
     std::atomic<double> spread_{0.0};  // when threads may be moved again
     Member* member_ = nullptr;
