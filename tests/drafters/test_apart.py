@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,6 @@ from outrider.build import build_engine
 from outrider.drafters.ahead import Ahead
 from outrider.drafters.apart import Apart, Host, Lost
 from outrider.drafters.apart_child import packed, write
-from outrider.drafters.combine import need_of
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.registry import load_drafter
@@ -28,6 +28,7 @@ from outrider.errors import CapabilityError, ConfigError
 from outrider.options import EngineOptions
 from outrider.params import SamplingParams
 from outrider.protocols import Drafter
+from outrider.records import CacheNeed
 from tests.checkpoints import make_checkpoint
 from tests.contract.drafters import host
 from tests.drafters.failing import Failing
@@ -176,13 +177,13 @@ class Unreadable:
 
 
 class Answering(NGram):
-    """A drafter whose memory is what `make` returns."""
+    """A drafter whose `bind` answers what `make` returns."""
 
     def __init__(self, make: Callable[[], object]) -> None:
         super().__init__(LENGTH)
         self.make = make
 
-    def cache_need(self, slots: int, length: int) -> object:
+    def bind(self, slots: int, length: int) -> Any:
         """Anything."""
         return self.make()
 
@@ -195,11 +196,12 @@ def test_an_answer_that_cannot_be_sent_costs_nothing_but_speed(make: Callable[[]
     one = Host()
     number, _ = one.make(partial(Answering, make))  # type: ignore[arg-type]
     with pytest.raises(Lost, match=said):
-        one.ask(number, "cache_need", (1, 10))
+        one.ask(number, "bind", (1, 10))
+    assert one.ask(number, "cache_need", (1, 10)) == CacheNeed()
     drafter = beside(partial(Answering, make), one)  # type: ignore[arg-type]
-    assert drafter.cache_need(1, 10) == need_of(1, 10, alone())
-    assert any(said in notice for notice in drafter.notices)
-    assert one.ask(number, "bind", (1, 10)) is None
+    assert run(drafter)[0] == plain()[0]
+    assert drafter.pid is None and any(said in notice for notice in drafter.notices)
+    assert one.ask(number, "cache_need", (1, 10)) == CacheNeed()
 
 
 def test_what_is_printed_before_it_begins_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
