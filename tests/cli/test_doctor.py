@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
+from outrider.assets import shipped
 from outrider.cli.main import main
 from outrider.errors import ConfigError
 from outrider.models.load import inspect_checkpoint, load_target
@@ -129,3 +132,25 @@ def test_a_note_is_printed_as_text_and_not_as_markup(tmp_path: Path, monkeypatch
     assert not end.value.code
     assert "note speed" in " ".join(said.split()) and "runs on transformers" in said
     assert not re.search(r"\[/?[a-z ]+\]", said)
+
+
+def test_a_refusal_is_one_line_whatever_transformers_says_besides(tmp_path: Path) -> None:
+    """In a process of its own, where transformers is imported by the command: its advice to programmers is not a user's."""
+    folder = bert(tmp_path / "bert")
+    shutil.copy(shipped("target") / "tokenizer.json", folder)
+    command = [sys.executable, "-m", "outrider", "generate", "x", "--target", str(folder)]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [line.split(" is an encoder")[0] for line in done.stderr.splitlines()] == [f"outrider: {folder}"]
+
+
+def test_loading_shows_no_bar_of_transformers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nor takes it away from who loads models of transformers beside."""
+    from transformers.utils import logging
+
+    folder = gpt2(tmp_path / "gpt2")
+    capfd.readouterr()
+    shown = logging.is_progress_bar_enabled()
+    load_target(folder)
+    assert "Loading weights" not in capfd.readouterr().err and logging.is_progress_bar_enabled() == shown

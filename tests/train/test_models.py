@@ -45,11 +45,12 @@ def test_more_layers_keep_the_function_and_every_layer_trains(factor):
         assert layer.mlp.down_proj.weight.grad.abs().sum() > 0
 
 
-def test_export_is_tied_bfloat16_and_leaves_the_model_alone(tmp_path):
+def test_export_is_tied_bfloat16_and_leaves_the_model_alone(tmp_path, capfd):
     model = llama()
     folder = tmp_path / "target"
     for _ in range(2):  # the second replaces the first
         export_model(model, _Tokenizer(), folder)
+    assert capfd.readouterr().err == "", "no bar of transformers"
     verify(folder)
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert again.dtype == torch.bfloat16

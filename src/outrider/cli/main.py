@@ -128,7 +128,8 @@ def command() -> Callable[..., object]:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line. What transformers says to programmers is not shown, unless its own variable asks for it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which no command has done yet
     terminal.show_waiting()
     try:
         try:

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from outrider.files import sha256_of, sync
+from outrider.models.hf.quiet import quietly
 from outrider.train.causal_lm import CausalLM
 
 MANIFEST = "manifest.json"
@@ -138,7 +139,8 @@ def write_model(model: CausalLM, tokenizer, folder: Path) -> None:
     weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     copy = type(model)(model.config).to(torch.bfloat16)  # the caller's float32 weights are not touched
     copy.load_state_dict(weights)
-    copy.save_pretrained(folder)
+    with quietly():
+        copy.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for path in folder.iterdir():

@@ -22,6 +22,7 @@ from outrider.models.admit import brief, model_class
 from outrider.models.hf.direct import call_directly
 from outrider.models.hf.hooks import HiddenStateHooks, StopForward, find_blocks
 from outrider.models.hf.probe import AttentionSwitch, configs_of, listen
+from outrider.models.hf.quiet import quietly
 from outrider.protocols import Attend
 
 _ATTEND = "outrider_block"
@@ -118,7 +119,8 @@ def _loaded(config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> P
     state = around | {_PREFIX + name: tensor for name, tensor in tensors.items()}
     try:
         kind = model_class(config)._model_mapping[type(config)]
-        model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+        with quietly():
+            model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
     except Exception as error:  # classes of transformers raise errors of their own
         raise ConfigError(
             f"the MTP head's layer is not one of {config.model_type} as transformers has it ({brief(error)}): use another drafter"

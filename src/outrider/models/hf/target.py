@@ -42,6 +42,7 @@ from outrider.models.hf.entry import given_to
 from outrider.models.hf.hooks import HiddenStateHooks, find_blocks, head_only_model, steps_after
 from outrider.models.hf.prefix import HFPrefix
 from outrider.models.hf.probe import attention_of
+from outrider.models.hf.quiet import quietly
 from outrider.models.hf.state import brief
 from outrider.models.hf.view import View
 from outrider.models.places import refuse_extra
@@ -132,9 +133,10 @@ class HFTarget:
         try:
             config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
             auto: Any = AutoModelForImageTextToText if pictured else model_class(config)
-            model, info = auto.from_pretrained(
-                name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
-            )
+            with quietly():
+                model, info = auto.from_pretrained(
+                    name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                )
         except Exception as error:  # a wrong configuration may raise any error of its class
             raise ConfigError(
                 f"cannot load {name!r} as a causal language model in safetensors: {brief(error)}"
