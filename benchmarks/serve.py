@@ -2,10 +2,12 @@
 
     python benchmarks/serve.py                                  # the shipped pair, 1, 4, 8 and 16 clients
     python benchmarks/serve.py --rate 20 --seconds 30           # open loop at 20 requests a second
+    python benchmarks/serve.py --arms adaptive --before ../before    # a checkout of an earlier commit beside this one
     python benchmarks/serve.py --target T --draft D --arms adaptive vllm vllm-draft transformers    # other servers beside ours
 
 One server process per arm; all are idle but the one that is asked. A round sends the same requests to every arm in random order;
-ratios to the first arm are formed within a round, and reported as their median with a seeded bootstrap interval over rounds.
+ratios to the first arm (with --before: to the same arm there) are formed within a round, and reported as their median with a seeded
+bootstrap interval over rounds.
 """
 
 from __future__ import annotations
@@ -35,29 +37,34 @@ from outrider.assets import shipped_prompts
 
 OURS = {"plain": ["--draft", "none"], "fixed": ["--fixed-length"], "adaptive": []}
 PEERS = ("vllm", "vllm-draft", "transformers")
+BEFORE = "@before"
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
     """How a server is started. command: without its port option; ready: a path that answers 200 once it serves; model: its name;
-    bare: it refuses fields of vLLM."""
+    bare: it refuses fields of vLLM; ours: it has our server's state."""
 
     command: list[str]
     ready: str
     model: str
     env: dict[str, str] = field(default_factory=dict)
     bare: bool = False
+    ours: bool = False
 
 
 def start_of(name: str, options: argparse.Namespace) -> Start:
     """The server of an arm, every one in bfloat16 or what the checkpoint has, with as many slots."""
     target, slots = options.target, str(options.slots)
+    if name.endswith(BEFORE):
+        now = start_of(name.removesuffix(BEFORE), options)
+        return replace(now, env={"PYTHONPATH": str(options.before.resolve() / "src")})
     if name in OURS:
         command = [sys.executable, "-m", "outrider.cli.main", "serve", "--hang-timeout", "3600", "--slots", slots]
         command += ["--length", str(options.length), "--served-model-name", options.model, *OURS[name]]
         command += ["--target", target] if target else []
         command += ["--draft", options.draft] if options.draft and name != "plain" else []
-        return Start(command, "/ready", options.model)
+        return Start(command, "/ready", options.model, ours=True)
     if not target:
         raise SystemExit(f"the arm {name} needs --target: a folder both can read")
     if name == "transformers":
@@ -113,11 +120,11 @@ class Arm:
 
     def length(self) -> int | None:
         """The draft length our server uses now; None for the others."""
-        return self._state()["now"]["length"] if self.name in OURS else None
+        return self._state()["now"]["length"] if self.start.ours else None
 
     def phases(self) -> dict[str, float]:
         """Seconds of our server's steps so far, by phase; empty for the others."""
-        return self._state()["now"]["seconds"] if self.name in OURS else {}
+        return self._state()["now"]["seconds"] if self.start.ours else {}
 
     def _state(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.address.port}/outrider/state", timeout=10) as reply:
@@ -178,13 +185,13 @@ def report(title: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     print(f"\n{title} clients, {len(next(iter(runs.values())))} rounds", file=sys.stderr)
     for name, mine in runs.items():
         speed = float(np.median([r["tokens_per_second"] for r in mine]))
-        line = f"  {name:9s} {speed:7.1f} tokens/s"
+        line = f"  {name:{max(map(len, runs))}s} {speed:7.1f} tokens/s"
         for kind in ("first_token", "per_token"):
             p50, p99 = (1e3 * float(np.median([r["latency"][kind][q] or np.nan for r in mine])) for q in ("p50", "p99"))
             line += f"   {kind.replace('_', ' ')} p50 {p50:6.1f} p99 {p99:6.1f} ms"
         if any(r["length"] is not None for r in mine):
             line += f"   lengths {[r['length'] for r in mine]}"
-        base = next(iter(runs))
+        base = name + BEFORE if name + BEFORE in runs else next(iter(runs))
         if name != base:
             ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(mine, runs[base], strict=True)]
             out["ratios"][name] = interval(ratios)
@@ -219,6 +226,9 @@ def main() -> None:
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--malformed", type=float, default=0.0)
     parser.add_argument("--arms", nargs="+", default=list(OURS), choices=[*OURS, *PEERS], help="the first is the base")
+    parser.add_argument(
+        "--before", type=Path, help="a checkout of an earlier commit, for arms of ours: its server beside this one"
+    )
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--context", type=int, default=1024, help="of vLLM, prompt and output")
     parser.add_argument("--dtype", default="bfloat16", help="of peers; ours keeps the checkpoint's")
@@ -232,7 +242,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path, default=None)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # so that the servers are ended too
-    starts = {name: start_of(name, options) for name in options.arms}
+    earlier = [name + BEFORE for name in options.arms if name in OURS and options.before]
+    starts = {name: start_of(name, options) for name in [*earlier, *options.arms]}
     texts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else shipped_prompts()
     prompts = [p[-options.characters :] for p in texts if p]
     if options.logs is not None:
