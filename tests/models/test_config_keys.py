@@ -244,6 +244,20 @@ def test_a_mistral_whose_layers_are_named_is_a_ministral(models, tmp_path) -> No
     assert all((said[a] - said[b]).abs().max() > 0.1 for a, b in (("sliding", "mixed"), ("mixed", "full"), ("full", "sliding")))
 
 
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.3, 1.6, 1.9, 2.2, 2.5], "long_factor": [2.0] * 6, "rope_theta": 50.0}
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("gemma3_text", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 3.0}}),
+    ("gemma3_text", {"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 3.0}, "rope_theta": 60.0}),
+    ("phi3", {"rope_parameters": LONG | {"factor": 4.0}}),
+    ("phi3", {"rope_parameters": LONG | {"factor": None}}),
+    ("phi3", {"rope_parameters": LONG | {"factor": 4.0, "attention_factor": 1.2}}),
+])  # fmt: skip
+def test_scalings_mean_what_they_mean_to_transformers(models, tmp_path, family: str, changes: dict[str, Any]) -> None:
+    assert agree_or_refuse(models[family], tmp_path, **changes) is None
+
+
 THIRDS = [(family, part) for family in FAMILIES for part in range(3)]
 
 

@@ -138,6 +138,21 @@ def test_constraints_on_every_text_are_refused_and_defaults_of_sampling_are_not(
         stop_ids(copy)
 
 
+@pytest.mark.parametrize("inside", [None, "text_config", "decoder"])
+def test_constraints_of_older_folders_stand_in_config_json(copy, inside: str | None) -> None:
+    """transformers takes them from there where no generation_config.json is: `generate` then writes another text."""
+    raw = json.loads((copy / "config.json").read_text()) | {"no_repeat_ngram_size": 0, "repetition_penalty": 1.3, "eos_token_id": 2}
+    constraint = {"bad_words_ids": [[5]]}
+    (copy / "config.json").write_text(json.dumps(raw | (constraint if inside is None else {inside: constraint})))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    assert stop_ids(copy) == (2, 5)  # where the file is, it alone counts
+    (copy / "generation_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"config.json sets bad_words_ids, which is not applied here"):
+        stop_ids(copy)
+    (copy / "config.json").write_text(json.dumps(raw))
+    assert stop_ids(copy) == (2,)
+
+
 @pytest.mark.parametrize("named", ["2", 2.0, True, [[2]], [2, None], [2, "</s>"], {"id": 2}])
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_an_end_of_text_that_is_no_token_is_refused(copy, file: str, named: object) -> None:

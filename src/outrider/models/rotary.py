@@ -47,7 +47,8 @@ def rope_keys_by_kind(raw: dict, family: Family) -> tuple[dict, dict]:
     own = [given.get("full_attention") or {}, given.get("sliding_attention") or {}, raw.get("rope_scaling") or {}]
     if not all(isinstance(part, dict) for part in own):
         raise Unsupported("its rotary parameters are not keys with values")
-    full = {"rope_theta": raw.get("rope_theta", family.theta)} | own[0] | own[2]
+    unscaled = {} if raw.get("rope_parameters") else {"rope_type": "default"}  # there `type`, the older name, says nothing
+    full = {"rope_theta": raw.get("rope_theta", family.theta)} | unscaled | own[0] | own[2]
     local = {"rope_theta": raw.get("rope_local_base_freq", 1e4)} | own[1]
     return rope_keys({"rope_parameters": full}, family.theta), rope_keys({"rope_parameters": local}, family.theta)
 
@@ -125,7 +126,7 @@ def _longrope(rope: dict, theta: float, size: int, positions: int, length: int, 
         )
     divisors = longrope_divisors(rope, "short_factor", size, where)
     powers = theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)
-    factor = positions / old
+    factor = real(rope, "factor", where, positions / old, null=positions / old, least=1e-6, most=1e6)
     default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(old))
     scale = real(rope, "attention_factor", where, default, null=default, least=1e-6, most=1e6)
     return Turns(1.0 / (divisors * powers), scale)

@@ -173,15 +173,20 @@ def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]
 
     A GGUF file names its own.
 
-    Raises ConfigError if generation_config.json sets a constraint on every text, which is not supported here.
+    Raises ConfigError if generation_config.json (config.json, where there is none) sets a constraint on every text, which is not
+    supported here.
     """
     folder = resolve_folder(path_or_name)
     if is_gguf(folder):
         return stops(folder)
     folder = home_of(folder)
-    generation = folder / "generation_config.json"
+    generation, config = folder / "generation_config.json", folder / "config.json"
     if generation.is_file():
         refuse_constraints(read_json(generation, CONFIG_BYTES), generation)
+    elif config.is_file():  # older checkpoints: transformers takes them from here then, those of the text model first
+        raw = read_json(config, CONFIG_BYTES)
+        for part in (raw.get("text_config"), raw.get("decoder"), raw):
+            refuse_constraints(part if isinstance(part, Mapping) else {}, config)
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file() and not found:
