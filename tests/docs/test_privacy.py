@@ -18,7 +18,7 @@ PLACES = ("src", "tests", "recipes", "benchmarks", "examples")
 FOREIGN = {  # private names of others that have no public one
     *("_repr_html_", "_repr_png_"),
     *("_attn_implementation", "_backbone_forward", "_exit", "_expand_kernel_impl", "_fields", "_getframe"),
-    *("_register_builtin", "_replace"),
+    *("_model_mapping", "_register_builtin", "_replace"),
     *("_buffers", "_compiled_call_impl", "_modules", "_parameters"),
     *("_forward_hooks", "_forward_pre_hooks", "_version", "_prepare_generation_config"),
 }
