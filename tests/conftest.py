@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import threading
 
 os.environ.setdefault("OMP_PROC_BIND", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,7 +23,11 @@ settings.load_profile("ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Not where workers run the tests and this process only hands them out: it does without torch, which takes seconds."""
+    """Not where workers run the tests and this process only hands them out: it does without torch, which takes seconds.
+
+    What a shell runs in its background ignores Ctrl-C, and so would every command that a test starts and interrupts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not config.getoption("numprocesses", None):
         import torch
 
