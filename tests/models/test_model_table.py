@@ -27,7 +27,7 @@ DAILY = ("llama", "gpt_oss", "falcon", "mamba", "roberta", "bart", "musicgen")
 
 
 def recorded(family: str) -> dict[str, Any]:
-    """Its row; skips where another release of transformers is installed than the rows are of, or a package of the family is missing."""
+    """Its row; skips where transformers is of another release than the rows, or a package of the family is missing."""
     pytest.importorskip(NEEDS.get(family, "transformers"))
     row = next(r for r in ROWS if r["family"] == family)
     if row["transformers"] != transformers.__version__:
