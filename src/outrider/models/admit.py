@@ -60,7 +60,8 @@ def require_layers(config: Any, kind: str) -> Any:
     text = config.get_text_config(decoder=True)
     if any(layer == _APART for layer in getattr(text, "layer_types", None) or ()):
         raise ConfigError(
-            f"{kind} sees all of its prompt but only a window of what it wrote ({_APART}), which is not done here: use another model"
+            f"{kind} sees all of its prompt but only a window of what it wrote ({_APART}), which is not done here: use another "
+            "model"
         )
     if hasattr(text, "num_hidden_layers"):
         return text
