@@ -94,7 +94,8 @@ OWN: dict[str, dict[str, Any]] = {
     **each("qwen4_exp qwen4_exp_text", {"layer_types": ["linear_attention", "indexed_attention"] * (LAYERS // 2), **INDEXER}),
     "reformer": {
         "is_decoder": True, "attn_layers": ["local", "lsh"] * (LAYERS // 2), "axial_pos_embds_dim": [16, WIDTH - 16],
-        "axial_pos_shape": [16, POSITIONS // 16], "attention_head_size": 16, "feed_forward_size": 2 * WIDTH, "hash_seed": 0},
+        "axial_pos_shape": [16, POSITIONS // 16], "attention_head_size": 16, "feed_forward_size": 2 * WIDTH, "hash_seed": 0,
+        "num_buckets": 4},
     "blt": {"vocab_size": VOCAB, "encoder_hash_byte_group_vocab": 97, "patcher_config": {}},
     "apertus1p5": {
         "image_token_offset": 256, "vision_config": {"codebook_size": 64}, "audio_token_offset": 320,
@@ -115,10 +116,13 @@ OWN: dict[str, dict[str, Any]] = {
             "model_args": {
                 "embed_dim": WIDTH, "depth": 2, "num_heads": 4, "img_size": [28, 28], "ref_feat_shape": [2, 2], "init_values": 0.1,
                 "global_pool": "", "use_post_transformer_norm": False}}},
-    **each("qwen2_5_omni_thinker qwen3_omni_moe_thinker", {"vision_start_token_id": 5, "vision_config": {}}),
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 5, "text_config": {"rope_parameters": SECTIONS}},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 5, "vision_config": {}},
+    **each("kosmos-2 kosmos-2.5",
+        {"text_config": {"embed_dim": WIDTH, "layers": LAYERS, "attention_heads": 4, "ffn_dim": 2 * WIDTH}}),
     "muse_spark": {"audio_config": {"out_hidden_size": WIDTH}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}, "text_config": NEMOTRON},
-    "granite4_vision": {"deepstack_layer_map": [[-1, 1]], "vision_config": {}},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 1]], "downsample_rate": "1/2", "vision_config": {}},
     "granite_docling": {"vision_config": {"out_hidden_size": WIDTH}},
     "hunyuan_vl": {"rope_parameters": {**SECTIONS, "mrope_section": [2, 2, 2, 2]}},
     "hy_v4_vl": {"rope_parameters": {**SECTIONS, "mrope_section": [1, 1, 2]}},

@@ -225,6 +225,15 @@ def test_a_model_that_needs_more_than_text_is_refused_by_what_it_demands() -> No
         HFTarget(model_sizes.build("blip"))
 
 
+def test_layers_that_see_a_prompt_otherwise_than_what_follows_are_refused() -> None:
+    """Unlimited OCR: a window of what was written, all of the prompt. Its text was another one from the 25th token on."""
+    config = transformers.AutoConfig.for_model("unlimited_ocr")
+    with pytest.raises(ConfigError, match=r"sees all of its prompt but only a window of what it wrote"):
+        require_layers(config, "UnlimitedOcrForConditionalGeneration")
+    config.get_text_config(decoder=True).layer_types = ["full_attention"] * 12
+    require_layers(config, "UnlimitedOcrForConditionalGeneration")
+
+
 def test_a_configuration_without_a_number_of_layers_is_refused_for_that() -> None:
     """BLT, for which transformers cannot make a cache either."""
     config = transformers.AutoConfig.for_model("blt", encoder_hash_byte_group_vocab=97)

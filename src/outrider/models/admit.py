@@ -18,6 +18,9 @@ from outrider.errors import ConfigError
 from outrider.models.counts import bounded, check_counts
 from outrider.models.packages import require_transformers
 
+_APART = "reference_sliding_attention"
+"""transformers' kind of layer for which a text's distribution depends on where its prompt ended, so that a prompt could not be read
+in chunks, nor its beginning be another's; a short text does not show it."""
 _CAUSAL = "is_causal"
 """The attribute by which attention modules of transformers state whether a row is blind to later rows."""
 
@@ -52,8 +55,14 @@ def admit(folder: Path, raw: dict, *, tried: bool = False) -> Any:
 
 
 def require_layers(config: Any, kind: str) -> Any:
-    """The configuration of the language model alone. Raises ConfigError for one that does not say how many layers it has."""
+    """The configuration of the language model alone. Raises ConfigError for one that does not say how many layers it has, or whose
+    layers see a prompt otherwise than what follows it."""
     text = config.get_text_config(decoder=True)
+    if any(layer == _APART for layer in getattr(text, "layer_types", None) or ()):
+        raise ConfigError(
+            f"{kind} sees all of its prompt but only a window of what it wrote ({_APART}), which is not done here: use another "
+            "model"
+        )
     if hasattr(text, "num_hidden_layers"):
         return text
     if text is not config:

@@ -254,7 +254,6 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     that is built on it."""
     folder, where = resolve_folder(path_or_name), device_named(device)
     require_config(folder)
-    stop_ids(folder)
     found = _runtime(folder, "auto")
     raw = read_raw_config(folder) if isinstance(found, str) else found.raw
     lean = not isinstance(found, str)
@@ -272,6 +271,7 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         parameters = sum(math.prod(entry.shape) for entry in read_entries(folder).values())
         sizes = _sizes_by_transformers(admit(folder, raw, tried=True))
         weights_bytes = parameters * chosen.itemsize
+    stop_ids(folder)  # an engine asks for them when it has the model
     vocab_size, max_length, layers, kv_heads, head_dim = sizes
     named = raw.get("architectures") or [raw.get("model_type", "unknown")]
     return Facts(

@@ -172,7 +172,9 @@ def assumptions(paper: Paper) -> list[str]:
         f"a judged draft token is accepted with probability {paper.acceptance:g}, independently; a chain, verified in one forward"
     )
     if paper.recurrent:
-        out.append("the target's state cannot be cut: what was accepted before a rejection is read again with the next draft")
+        out.append(
+            "the target's state cannot be cut: what was accepted before a rejection is read again with the next draft"
+        )
     out.append(
         "tensor parallel: two all-reduces a layer, none hidden behind arithmetic; the draft on 1 GPU or on all of them"
     )
