@@ -123,7 +123,6 @@ WRONG = [
     ["bench", "--device", "meta"],
     ["bench", "--lengths", "0,99"],
     ["bench", "--answers", "x.jsonl"],
-    ["predict", "--lengths", "0,99"],
     ["plan", "--lengths", "0,99"],
     ["train", "medusa", "--device", "mps"],
     ["audit", "--rule", "nosuch"],
