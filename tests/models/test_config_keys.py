@@ -91,13 +91,7 @@ THEIRS = (
     *("tie_word_embeddings", "head_dim", "num_key_value_heads", "hidden_act", "is_causal"),
 )
 MATTER = {
-    "gemma2": (
-        "sliding_window",
-        "layer_types",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "query_pre_attn_scalar",
-    ),
+    "gemma2": ("sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
     "gemma3_text": ("rope_scaling", "rope_parameters", "sliding_window_pattern", "rope_local_base_freq", "rope_theta"),
     "phi3": ("rope_scaling", "partial_rotary_factor"),
     "olmo2": ("num_key_value_heads",),
@@ -105,47 +99,20 @@ MATTER = {
     "smollm3": ("no_rope_layers", "no_rope_layer_interval", "use_sliding_window"),
     "glm4": ("partial_rotary_factor", "attention_bias"),
     "mixtral": (
-        "num_experts",
-        "num_local_experts",
-        "num_experts_per_tok",
-        "router_jitter_noise",
-        "norm_topk_prob",
-        "sliding_window",
+        "num_experts", "num_local_experts", "num_experts_per_tok", "router_jitter_noise", "norm_topk_prob", "sliding_window",
     ),
     "qwen3_moe": (
-        "num_experts",
-        "num_local_experts",
-        "num_experts_per_tok",
-        "norm_topk_prob",
-        "moe_intermediate_size",
-        "mlp_only_layers",
-        "decoder_sparse_step",
-        "use_sliding_window",
-        "output_router_logits",
+        "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size",
+        "mlp_only_layers", "decoder_sparse_step", "use_sliding_window", "output_router_logits",
         "shared_expert_intermediate_size",
     ),
     "qwen2_moe": (
-        "moe_intermediate_size",
-        "shared_expert_intermediate_size",
-        "mlp_only_layers",
-        "decoder_sparse_step",
-        "qkv_bias",
-        "norm_topk_prob",
-        "sliding_window",
-        "use_sliding_window",
-        "layer_types",
-        "num_local_experts",
+        "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_only_layers", "decoder_sparse_step", "qkv_bias",
+        "norm_topk_prob", "sliding_window", "use_sliding_window", "layer_types", "num_local_experts",
     ),
-    "olmoe": (
-        "num_experts",
-        "num_experts_per_tok",
-        "norm_topk_prob",
-        "clip_qkv",
-        "attention_bias",
-        "num_key_value_heads",
-    ),
+    "olmoe": ("num_experts", "num_experts_per_tok", "norm_topk_prob", "clip_qkv", "attention_bias", "num_key_value_heads"),
     "gpt_oss": ("swiglu_limit", "swiglu_alpha", "sliding_window", "layer_types", "num_local_experts", "attention_bias"),
-}
+}  # fmt: skip
 """Keys that are tried in every run for the families that came later; all others are in the slow tests."""
 SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 OTHERS = {

@@ -32,15 +32,16 @@ def bench(options: EngineOptions, asked: BenchOptions, sampling: Any, json: Json
     """
     from outrider.evaluate.workloads import load_rows, ready
 
-    rows = load_rows(asked.prompts, asked.count)  # what cannot be read is said before PyTorch is imported
+    rows = load_rows(asked.prompts, asked.count)  # what cannot be read or used is said before PyTorch is imported
+    lengths = parse_lengths(asked.lengths) if asked.preset is None else ()
+    machine = asked.machine()
+    asked.check()
     from outrider.evaluate.bench import presets
     from outrider.evaluate.records import summarise
     from outrider.evaluate.store.runlog import RunLog
     from outrider.evaluate.store.store import fingerprint
 
-    specs = presets.by_length(parse_lengths(asked.lengths)) if asked.preset is None else presets.preset(asked.preset)
-    machine = asked.machine()
-    asked.check()
+    specs = presets.by_length(lengths) if asked.preset is None else presets.preset(asked.preset)
     draft = options.draft if asked.preset is None else "none"
     engine = load_engine(replace(options, draft=draft, length=max(s.length for s in specs), slots=asked.batch))
     prompts = ready(engine, asked.prompts, rows, asked.chat_template, whole=True)

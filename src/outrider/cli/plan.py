@@ -85,10 +85,10 @@ def measured(options: EngineOptions, asked: PlanOptions, sampling: Any, json: bo
     from outrider.evaluate.workloads import load_rows
 
     rows = load_rows(asked.prompts, asked.count)
-    from outrider.evaluate.scoring.score import VERIFICATION, ready_items
-
     drafts, lengths = list(asked.draft or ["auto"]), parse_lengths(asked.lengths)
     most = max(parse_batches(asked.batches))
+    from outrider.evaluate.scoring.score import VERIFICATION, ready_items
+
     if options.rule not in ("auto", *VERIFICATION):
         raise ConfigError(f"plan predicts {', '.join(VERIFICATION)}; rule {options.rule!r} can be measured with bench")
     if asked.check and len(rows) < 2 * most:
