@@ -28,7 +28,7 @@ page is what `benchmarks/model_page.py` makes of the rows. A checkpoint of a fam
 - **speed**: as a share of transformers' `generate`, plain decoding of one sequence; the median of two interleaved runs of a few
   dozen tokens on a machine that other programs used too, so that single values are rough: measure a family that matters with
   `benchmarks/families.py`. Values marked *c* came out low and were measured again in processor time, one thread, five to eleven
-  interleaved runs (31 of mistral3), the lowest of them on 2026-11-30 (`--again 0.97 --rounds 11`, 2 cores of an AMD EPYC that
+  interleaved runs (up to 31 of a few), the lowest of them on 2026-11-30 (`--again 0.97 --rounds 11`, 2 cores of an AMD EPYC that
   other programs used too). The lowest of all is {lowest}: a step of ours costs about 0.1 ms more around the model than one
   of `generate`, of 1 to 3 ms of four layers of 64, and less within it.
 

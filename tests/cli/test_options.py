@@ -38,7 +38,7 @@ ENGINES = {
     "demo": {"target", "draft", "length", "dtype"},
     "doctor": {"dtype", "max_length"},
     "train": {"target", "device"},
-    "image": {"draft", "length", "rule", "allow_lossy"},
+    "image": {"draft", "length", "rule", "allow_lossy", "dtype"},
     "ab rehearse": {"length"},
 }
 """Command -> the engine options that it has."""

@@ -1,8 +1,9 @@
 """A chat model that says what a test tells it to: a target of a script, a template of each notation, and a server around it.
 
-    python -m tests.serve.chatserver PORT NAME [NOISE]
+    python -m tests.serve.chatserver PORT NAME [SCRIPTS]
 
 NAME: a template below. The reply to a conversation is what `SCRIPTS` holds for the last message of the user, or an echo of it.
+SCRIPTS: more of them, as JSON.
 """
 
 from __future__ import annotations

@@ -7,14 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from outrider.build import build_engine
 from outrider.cli import serve
 from outrider.cli.live_experiment import post
+from outrider.cli.main import app as cli
 from outrider.serve.app import create_app
 from outrider.serve.bridge import OBJECT
 from outrider.serve.server import server_for
 from outrider.serve.settings import Settings
+from tests.serve.harness import a_port
 
 FORMS = ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["a", "b"]}}})
 
@@ -77,6 +80,7 @@ def test_serve_is_what_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ready = SimpleNamespace(run=lambda _: None)
     monkeypatch.setattr("outrider.serve.server.server_for", lambda *given: (seen.append(given), ready)[1])
     app = create_app(lambda **wiring: build_engine(slots=1), Settings("m"), adaptive=False)
-    asked = SimpleNamespace(kept=None, host="127.0.0.1", grace=1.0, replica=True)
-    serve.run(app, asked, Settings("m"), SimpleNamespace(getsockname=lambda: ("127.0.0.1", 1)))  # type: ignore[arg-type]
+    monkeypatch.setattr(serve, "application", lambda *_: app)
+    found = CliRunner().invoke(cli, ["serve", "--port", str(a_port())])
+    assert found.exit_code == 0, found.output
     assert seen[0][-1] == app.state.bridge.warm

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from outrider.cli import terminal
 from outrider.errors import OutriderError
@@ -106,6 +106,7 @@ def _line(prompt: str) -> str | None:
         raise
 
 
+@runtime_checkable
 class Talk(Protocol):
     """What commands show and change of a conversation, see `cli.chat.Conversation`."""
 

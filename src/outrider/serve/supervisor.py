@@ -24,7 +24,7 @@ HEARTBEAT_SECONDS = 0.25
 """Seconds between two heartbeats of a worker."""
 RESTARTS_FORGIVEN_AFTER = 60.0
 """After a worker has served this many seconds, the restarts before it no longer count."""
-EXIT_GRACE_SECONDS = 5.0
+EXIT_GRACE_SECONDS = 15.0
 """Seconds a worker may take to exit after it has closed its socket."""
 REFUSAL_SECONDS = 5.0
 """Seconds a refused client may take to send its request and to read the reply."""

@@ -133,7 +133,8 @@ class Message(Strict):
 
 
 class Function(Strict):
-    """A function that may be called. strict: calls are always held to the schema when they are required."""
+    """A function that may be called. strict: accepted; calls that are required are always held to the schema, but for keywords
+    that grammars do not know (docs/agents.md)."""
 
     name: Name
     """Its name."""
