@@ -156,6 +156,8 @@ def bias_of(choice: AcceptancePlan, position: Position) -> float:
 
 def allowed(plan: AcceptancePlan, position: Position) -> AcceptancePlan:
     """The plan without the tokens that the target forbids; their mass is refused, and drawn from p instead."""
+    if float(position.p.min()) > FORBIDDEN:  # one look at p instead of five passes: only constraints and cuts forbid
+        return plan
     accept = plan.accept.where(position.p > FORBIDDEN, 0.0)
     missing = 1.0 - float(c.row_sums(accept * position.q)) - float(c.row_sums(plan.rest))
     return AcceptancePlan(accept, plan.rest) if abs(missing) <= ROUNDING else optimal(accept, position)
