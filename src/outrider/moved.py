@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from outrider.deprecated import warn
 
@@ -159,13 +159,15 @@ class _Alias(ModuleType):
         return getattr(module, name) if hasattr(module, name) else find(new, name)
 
 
-class _Finder(MetaPathFinder, Loader):
-    """The last finder, for modules that no other finder has found."""
+class _Finder:
+    """The last finder, for modules that no other finder has found, and their loader. It inherits from neither: their module takes
+    longer to import than all of this."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if fullname not in MODULES:
             return None
-        return ModuleSpec(fullname, self, is_package=any(old.startswith(f"{fullname}.") for old in MODULES))
+        loader: Any = self
+        return ModuleSpec(fullname, loader, is_package=any(old.startswith(f"{fullname}.") for old in MODULES))
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _Alias(spec.name)

@@ -18,7 +18,6 @@ from outrider.cli.takes import takes
 from outrider.errors import ConfigError
 from outrider.evaluate.workloads import told
 from outrider.options import EngineOptions
-from outrider.web import base_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +89,8 @@ class AuditedBy:
         if self.model is not None and self.url is None:
             raise ConfigError("--model is the model's name at --url: add it, or leave this out")
         if self.url is not None:
+            from outrider.web import base_of  # no other command needs a client of HTTP at once
+
             base_of(self.url)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,8 @@ Prompted = Callable[[Any], list[list[int]]]
 async def rehearse(app: Any, model: str, prompts: Prompted, requests: int, users: int, tokens: int) -> int:
     """Send `requests` requests of `users` users through the application, without a socket; how many were answered. prompts: what
     the application's engine is to be asked, as its target takes it."""
+    import asyncio
+
     room = asyncio.Semaphore(ROOM)
 
     async def one(i: int, prompt: list[int]) -> int:
@@ -51,6 +52,8 @@ async def post(app: Any, path: str, body: dict[str, Any], headers: dict[str, str
 
 def run_rehearsal(file: Path, store: str, requests: int, users: int, options: EngineOptions, tokens: int) -> str:
     """Serve an experiment in this process to users that are made up; the name under which it is kept."""
+    import asyncio
+
     from outrider.evaluate.experiments.experiment import read_experiment
     from outrider.evaluate.experiments.live import trial_from
     from outrider.serve.app import create_app
