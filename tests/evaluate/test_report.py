@@ -6,10 +6,13 @@ import math
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from outrider.cli.main import main
+from outrider.evaluate.bench.report import unfinished
 from outrider.evaluate.experiments.experiment import Comparison
 from outrider.evaluate.html import lines
 from outrider.evaluate.statistics.sequential import Bounds
@@ -43,6 +46,12 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, monkeypatch: pyte
     assert outside.found == []
     assert "length 2" in page and "plain" in page
     assert page.count("<svg") >= 1
+
+
+def test_conversations_that_ended_early_are_counted() -> None:
+    records: list[Any] = [SimpleNamespace(shortened=n) for n in (0, 2, 1)]
+    assert [": 3." in text for text in unfinished(records)] == [True]
+    assert unfinished(records[:1]) == []
 
 
 def test_an_open_interval_has_no_place_on_an_axis() -> None:

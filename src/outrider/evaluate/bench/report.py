@@ -28,6 +28,7 @@ def write_html(path: Path, document: dict[str, Any], records: Sequence[Record], 
         f"batch {document['batch']}, {repeats} repeat{'s' * (repeats != 1)}, {groups} prompt group{'s' * (groups != 1)}. "
         f"<code>{escaped(document['command'])}</code></p>",
         *([f"<p>Prompts: {escaped(told(document['data']))}.</p>"] if "data" in document else []),
+        *unfinished(records),
         *(f"<figure style='margin:1em 0'>{svg}</figure>" for svg in figures),
         "<h2>Speed-up over plain decoding</h2><p>Ratio of total times on the same prompts; 95% interval over prompts.</p>",
         intervals("speed-up", ratios, "speed-up, 1 = plain decoding", 1.0),
@@ -43,6 +44,12 @@ def write_html(path: Path, document: dict[str, Any], records: Sequence[Record], 
         table(["", ""], [(k, v) for k, v in document["machine"].items()]),
     ]  # fmt: skip
     write_page(path, page("Benchmark", body))
+
+
+def unfinished(records: Sequence[Record]) -> list[str]:
+    """How many conversations were not asked to their end, if there are any."""
+    count = sum(r.shortened for r in records)
+    return [f"<p>Conversations that ended before their last turn, which did not fit or was refused: {count}.</p>"] if count else []
 
 
 def warning(document: dict[str, Any]) -> list[str]:
