@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
+import openai
 import pytest
 
 from outrider.build import build_engine
@@ -14,9 +16,16 @@ TEXT = "for i in range(10):\n    print(i)\nfor i in range(10):\n    print(i)\nfo
 
 
 @pytest.fixture(scope="module")
-def server() -> Any:
+def server() -> Iterator[Running]:
+    """With drafts in every step, whatever the load of the machine."""
     with serving(slots=4, length=8, fixed=True) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0) as one:
+        yield one
 
 
 def ask(server: Running, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
@@ -40,6 +49,28 @@ def test_no_more_drafts_are_accepted_than_tokens_written(server: Running, temper
         assert said["num_accepted_draft_tokens"] <= written
         assert said["mean_acceptance_length"] * said["num_spec_steps"] <= written + 1e-9
         assert sum(said["acceptance_histogram"]) == said["num_spec_steps"]
+
+
+def test_acceptance_of_a_request_adds_up(client: openai.OpenAI) -> None:
+    """The identities that vLLM's readers of these metrics check."""
+    reply = client.completions.create(model="pycode", prompt=TEXT, max_tokens=60, extra_body={"ignore_eos": True})
+    m = reply.model_dump()["metrics"]["speculative_decoding"]
+    h = m["acceptance_histogram"]
+    assert sum(h) == m["num_spec_steps"] > 0
+    assert sum(j * x for j, x in enumerate(h)) == m["num_accepted_draft_tokens"] <= m["num_draft_tokens"]
+    assert len(h) == m["num_spec_tokens"] + 1
+    assert m["mean_acceptance_length"] == pytest.approx(1 + m["num_accepted_draft_tokens"] / m["num_spec_steps"])
+
+
+def test_a_prediction_is_used_and_accounted_for(client: openai.OpenAI) -> None:
+    body = {"model": "pycode", "prompt": "def read(path):\n    ", "max_tokens": 40, "temperature": 0, "logprobs": 0}
+    text = client.completions.create(**body).choices[0].text
+    again = client.completions.create(**body, extra_body={"prediction": {"type": "content", "content": text}})
+    assert again.choices[0].text == text
+    details = again.usage.completion_tokens_details
+    assert details.accepted_prediction_tokens >= 20
+    assert details.accepted_prediction_tokens + details.rejected_prediction_tokens >= 38
+    assert client.completions.create(**body).usage.completion_tokens_details is None
 
 
 def test_logprobs_of_parts_of_characters(server: Running) -> None:

@@ -87,6 +87,7 @@ class ProcessExecutor:
         self.work, self.workers, self.cores = work, workers, cores
         self._all: list[_Worker] = []
         self._alone: int | None = None
+        self._placed: list[Event] = []  # not told yet
         self._selector = selectors.DefaultSelector()
 
     def threads_of(self, cell: Cell) -> int:
@@ -103,7 +104,7 @@ class ProcessExecutor:
         return None
 
     def waits(self, cell: Cell) -> str:
-        return "its process was started and has not begun: this machine is very busy"
+        return "this machine"  # not for long: a process has its place when it is submitted
 
     def room(self, cell: Cell) -> bool:
         busy = self.busy
@@ -123,6 +124,8 @@ class ProcessExecutor:
                 self._end(other)
         worker = worker or self._start(threads)
         worker.ticket = ticket
+        # It has its place: that its process takes long to begin, on a busy machine, is no want of one.
+        self._placed.append(Event(ticket, "started", f"process {worker.process.pid}"))
         self._alone = ticket if cell.alone else self._alone
         line = json.dumps({**cell.job(Path.cwd(), threads), "ticket": ticket}) + "\n"
         assert worker.process.stdin is not None
@@ -131,7 +134,8 @@ class ProcessExecutor:
             worker.process.stdin.flush()
 
     def wait(self, seconds: float) -> list[Event]:
-        end, events = monotonic() + seconds, list[Event]()
+        end = monotonic() + seconds
+        events, self._placed = self._placed, []
         while not events and (left := end - monotonic()) > 0:
             for key, _ in self._selector.select(left):
                 events += self._read(key.data)
@@ -179,8 +183,6 @@ class ProcessExecutor:
 
     def _event(self, worker: _Worker, message: Mapping[str, Any]) -> Event:
         ticket = message["ticket"]
-        if "started" in message:
-            return Event(ticket, "started", f"process {message['started']}")
         worker.ticket = None
         self._alone = None if self._alone == ticket else self._alone
         if "answer" in message:
