@@ -30,15 +30,16 @@ ROOT = Path(__file__).parents[2]
 class Scripted:
     """An executor that answers at once, and says what `script` makes of it: a list of events for each submitted cell."""
 
-    def __init__(self, script: Any, places: int = 2) -> None:
+    def __init__(self, script: Any, places: int = 2, waits: str | None = "nobody") -> None:
         self.script, self.places, self.open, self.events = script, places, set[int](), deque[Event]()
+        self.reason = waits
         self.submitted: list[int] = []
 
     def never(self, cell: Cell) -> str | None:
         return None
 
-    def waits(self, cell: Cell) -> str:
-        return "nobody"
+    def waits(self, cell: Cell) -> str | None:
+        return self.reason
 
     def room(self, cell: Cell) -> bool:
         return len(self.open) < self.places
@@ -103,6 +104,32 @@ def test_a_cell_that_nobody_begins_is_reported_and_the_others_are_done(tmp_path:
     progress, book = drive(tmp_path / "s.db", some, silent, stall=0.1)
     with book:
         assert progress.done == 3 and list(progress.unplaced) == [2] and not silent.open
+
+
+def test_a_cell_that_has_its_place_may_take_longer_to_begin_than_one_without(tmp_path: Path) -> None:
+    """Such as a process on a busy machine. Only where it never begins, it is tried again."""
+    some = cells(2)
+    slow = Scripted(lambda t, c: [answer(t, c)], waits=None)
+    later: list[tuple[int, Cell]] = []
+    slow.submit = lambda ticket, cell: (slow.open.add(ticket), later.append((ticket, cell)))  # type: ignore[assignment, func-returns-value]
+    waits, turns = slow.wait, iter(range(10**6))
+
+    def wait(seconds: float) -> list[Event]:
+        time.sleep(0.01)
+        if next(turns) == 30:  # 0.3 s after a stall of nothing
+            for ticket, cell in later:
+                Scripted.submit(slow, ticket, cell)
+        return waits(seconds)
+
+    slow.wait = wait  # type: ignore[method-assign]
+    progress, book = drive(tmp_path / "s.db", some, slow, stall=0.0, limit=3600.0)
+    with book:
+        assert progress.done == 2 and not progress.unplaced and progress.lost == 0
+    never = Scripted(lambda t, c: [], waits=None)
+    never.submit = lambda ticket, cell: never.open.add(ticket)  # type: ignore[method-assign]
+    progress, book = drive(tmp_path / "t.db", some, never, stall=0.0, limit=0.02, attempts=2)
+    with book:
+        assert (progress.failed, progress.lost) == (2, 4) and not progress.unplaced and not never.open
 
 
 def test_failed_cells_are_not_tried_again_unless_that_is_asked(tmp_path: Path) -> None:

@@ -34,13 +34,6 @@ class TestProcesses(ExecutorContract):
     pass
 
 
-def test_a_process_has_its_place_before_it_has_begun(make: Make) -> None:
-    """However long it takes on a busy machine, its cell is not one that found no place."""
-    executor = make()
-    executor.submit(1, cells(1)[0])
-    assert [(e.ticket, e.what) for e in executor.wait(0.0)] == [(1, "started")]
-
-
 def test_a_cell_that_is_alone_has_all_cores_and_the_others_one(make: Make) -> None:
     executor = make()
     for ticket, (alone, threads) in enumerate([(True, "2"), (False, "1")]):

@@ -33,7 +33,7 @@ class Rules:
 
 @dataclass(slots=True)
 class Flight:
-    """A submitted cell. began: when it started to run; None: it waits for a place."""
+    """A submitted cell. began: when it started to run; None: it waits for a place, or its worker is being started."""
 
     cell: Cell
     submitted: float
@@ -182,14 +182,24 @@ class Driver:
         """End cells that run longer than a try may take, and report those that found no place after all."""
         now = monotonic()
         for ticket, flight in list(self.flying.items()):
-            if flight.began is not None and now - flight.began > self.rules.limit:
+            if flight.began is None:
+                if now - flight.submitted > self.rules.stall:
+                    self._unbegun(ticket, flight, now)
+            elif now - flight.began > self.rules.limit:
                 self._abandon(ticket)
                 self._again(flight.cell, f"it ran longer than the plan's limit of {self.rules.limit:g} s")
-            elif flight.began is None and now - flight.submitted > self.rules.stall and self._stuck():
-                self._abandon(ticket)
-                why = self.executor.never(flight.cell) or self.executor.waits(flight.cell)
-                self.progress.unplaced[flight.cell.number] = why
-                self.say(f"cell {flight.cell.number} ({flight.cell.label}) has no place: {why}")
+
+    def _unbegun(self, ticket: int, flight: Flight, now: float) -> None:
+        """A cell without a place is reported if none of ours keeps it waiting; one that has a worker may have to wait for that."""
+        cell = flight.cell
+        why = self.executor.never(cell) or self.executor.waits(cell)
+        if why is None and now - flight.submitted > self.rules.limit + self.rules.stall:
+            self._abandon(ticket)
+            self._again(cell, "its worker was started and did not begin")
+        elif why is not None and self._stuck():
+            self._abandon(ticket)
+            self.progress.unplaced[cell.number] = why
+            self.say(f"cell {cell.number} ({cell.label}) has no place: {why}")
 
     def _stuck(self) -> bool:
         """Whether nothing of ours runs: what waits then, waits for others."""

@@ -42,8 +42,8 @@ class Executor(Protocol):
         """Why this cell cannot be placed with all that there is now, also when nothing else runs; None if it can."""
         ...
 
-    def waits(self, cell: Cell) -> str:
-        """What a submitted cell may be waiting for that has not begun though nothing else of ours runs."""
+    def waits(self, cell: Cell) -> str | None:
+        """What a submitted cell that has not begun may be waiting for, though nothing of ours runs; None if it has its place."""
         ...
 
     def room(self, cell: Cell) -> bool:
@@ -87,7 +87,6 @@ class ProcessExecutor:
         self.work, self.workers, self.cores = work, workers, cores
         self._all: list[_Worker] = []
         self._alone: int | None = None
-        self._placed: list[Event] = []  # not told yet
         self._selector = selectors.DefaultSelector()
 
     def threads_of(self, cell: Cell) -> int:
@@ -103,8 +102,8 @@ class ProcessExecutor:
             return f"it needs {self.threads_of(cell)} threads, and this machine has {self.cores} cores for it"
         return None
 
-    def waits(self, cell: Cell) -> str:
-        return "this machine"  # not for long: a process has its place when it is submitted
+    def waits(self, cell: Cell) -> str | None:
+        return None  # its process was started; that it takes long to begin on a busy machine is no want of a place
 
     def room(self, cell: Cell) -> bool:
         busy = self.busy
@@ -124,8 +123,6 @@ class ProcessExecutor:
                 self._end(other)
         worker = worker or self._start(threads)
         worker.ticket = ticket
-        # It has its place: that its process takes long to begin, on a busy machine, is no want of one.
-        self._placed.append(Event(ticket, "started", f"process {worker.process.pid}"))
         self._alone = ticket if cell.alone else self._alone
         line = json.dumps({**cell.job(Path.cwd(), threads), "ticket": ticket}) + "\n"
         assert worker.process.stdin is not None
@@ -134,8 +131,7 @@ class ProcessExecutor:
             worker.process.stdin.flush()
 
     def wait(self, seconds: float) -> list[Event]:
-        end = monotonic() + seconds
-        events, self._placed = self._placed, []
+        end, events = monotonic() + seconds, list[Event]()
         while not events and (left := end - monotonic()) > 0:
             for key, _ in self._selector.select(left):
                 events += self._read(key.data)
@@ -183,6 +179,8 @@ class ProcessExecutor:
 
     def _event(self, worker: _Worker, message: Mapping[str, Any]) -> Event:
         ticket = message["ticket"]
+        if "started" in message:
+            return Event(ticket, "started", f"process {message['started']}")
         worker.ticket = None
         self._alone = None if self._alone == ticket else self._alone
         if "answer" in message:

@@ -1,4 +1,4 @@
-"""A process that performs cells: one JSON line in, one out. It ends with its driver, however that ends.
+"""A process that performs cells: one JSON line in, one or two out. It ends with its driver, however that ends.
 
     python -m outrider.evaluate.sweep.worker MODULE:FUNCTION
 
@@ -38,6 +38,7 @@ def main(address: str) -> None:
     module, _, name = address.partition(":")
     while True:
         job = jobs.get()
+        say({"ticket": job["ticket"], "started": os.getpid()})
         try:
             found = {"answer": getattr(importlib.import_module(module), name)(job)}
         except Exception as error:  # the cell's, not the worker's: the next one may be fine
