@@ -54,8 +54,8 @@ COMPASS = each("sliding_attention full_attention", SECTIONS)
 KINDS = {kind: [kind, "full_attention"] * (LAYERS // 2) for kind in ("linear_attention", "sliding_attention", "conv")}
 Plain = int | float | str | bool
 """Values that `SMALL` may take the place of: not None, and not a list for several parts."""
-ALWAYS = ("num_key_value_heads", "head_dim", "num_experts_per_tok", "n_group", "topk_group")
-"""Given even where the configuration has no value for them."""
+ALWAYS = ("num_key_value_heads", "head_dim", "num_experts_per_tok", "n_group", "topk_group", "eos_token_id")
+"""Given even where the configuration has no value for them, or several."""
 INDEX = {"index_head_dim": 16, "index_n_heads": 16, "index_topk": 32}
 """Fewer keys than a text has. With two heads many keys score exactly nothing, and which of them are chosen depends on the number of
 rows: transformers' own text with its cache is another one than without then."""

@@ -106,13 +106,7 @@ def load(
         role="target",
     )
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(path)
-    ends = stop_ids(path, tokenizer)
-    behind = [token for token in ends if not 0 <= token < model.vocab_size]
-    if behind:
-        raise ConfigError(
-            f"{path} names the end-of-text token {behind[0]}, and its embedding has {model.vocab_size} rows: correct eos_token_id "
-            "in its generation_config.json and config.json, or eos_token in its tokenizer_config.json"
-        )
+    ends = stop_ids(path, tokenizer, model.vocab_size)
     if options.target_quantize is not None:
         model.notices = (*model.notices, _rounding(path, model, tokenizer, options))
     if options.kv_dtype != "auto":

@@ -47,7 +47,9 @@ def t5(folder: Path) -> Path:
 
 
 def gpt2(folder: Path) -> Path:
-    GPT2LMHeadModel(GPT2Config(vocab_size=101, n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(folder)
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(vocab_size=101, **shape, **ends)).save_pretrained(folder)
     return folder
 
 
@@ -106,6 +108,30 @@ def test_a_folder_without_tokenizer_is_not_fit(tmp_path: Path, monkeypatch, caps
             "as doctor says"
         )
         assert len(said.err.splitlines()) == 1, "before a weight is read, so that no notice of loading stands before it"
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json", "tokenizer_config.json"])
+def test_an_end_of_text_that_no_row_is_for_is_refused_by_doctor_too(where: str, tmp_path: Path, capsys) -> None:
+    """Of the target, whose texts end with it; a draft's are those of its target."""
+    folder = make_checkpoint(tmp_path / "model", "llama", tokenizer=True)
+    file, other = folder / where, shutil.copytree(folder, tmp_path / "good")
+    raw = json.loads(file.read_text()) if file.is_file() else {}
+    if where == "tokenizer_config.json":
+        fast = json.loads((folder / "tokenizer.json").read_text())
+        end = {"id": 9999, "content": "<end>", "special": True, "normalized": False, "single_word": False}
+        fast["added_tokens"] = [*fast.get("added_tokens", []), end | {"lstrip": False, "rstrip": False}]
+        (folder / "tokenizer.json").write_text(json.dumps(fast))
+        raw |= {"eos_token": "<end>"}
+    else:
+        (folder / "generation_config.json").unlink(missing_ok=True)  # it goes before the other
+        raw |= {"eos_token_id": [2, 9999]}
+    file.write_text(json.dumps(raw))
+    for command in (["doctor", str(folder)], ["generate", "x", "--target", str(folder), "--draft", "none"]):
+        done = subprocess.run([sys.executable, "-m", "outrider", *command], capture_output=True, text=True)
+        assert done.returncode in (1, 2) and "names the end-of-text token" in done.stdout.replace("\n", " ") + done.stderr
+    pair = [sys.executable, "-m", "outrider", "generate", "x", "--target", str(other), "--draft", str(folder)]
+    done = subprocess.run([*pair, "--max-tokens", "4"], capture_output=True, text=True)
+    assert "names the end-of-text token" not in done.stderr
 
 
 @pytest.mark.parametrize(

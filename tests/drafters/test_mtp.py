@@ -290,6 +290,7 @@ def test_what_loading_refuses_as_no_decoder_the_doctor_refuses(tmp_path: Path) -
 def test_what_a_configuration_claims_is_bounded_before_it_is_made(tmp_path: Path) -> None:
     """Layers are counted before a model is made of them; masks, as GPT-Neo's of all positions, are counted with parameters."""
     sizes = {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 64}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
     config = AutoConfig.for_model("gpt_neo", attention_types=[[["global", "local"], 1]], **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     file = tmp_path / "config.json"

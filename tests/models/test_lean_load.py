@@ -44,7 +44,7 @@ def copy(model, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpt2")
-    config = GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    config = GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 

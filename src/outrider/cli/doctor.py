@@ -66,7 +66,7 @@ def doctor(
     folders = {"target": target or str(shipped("target"))}
     if draft or target is None:
         folders["draft"] = draft or str(shipped("draft"))
-    models = {role: examine(name, options.dtype, slots, options.max_length) for role, name in folders.items()}
+    models = {role: examine(name, options.dtype, slots, options.max_length, role) for role, name in folders.items()}
     checks = compare(models, folders)
     ok = all(c["ok"] for c in checks)
     notices = slow_parts(models)
@@ -99,13 +99,13 @@ def live_parts(url: str, json: bool) -> int:
     return 0 if ok else 1
 
 
-def examine(name: str, dtype: str, slots: int, max_length: int | None) -> dict[str, Any]:
-    """What one checkpoint is: read from its files alone, no weights loaded."""
+def examine(name: str, dtype: str, slots: int, max_length: int | None, role: str = "target") -> dict[str, Any]:
+    """What one checkpoint is, as target or draft: read from its files alone, no weights loaded."""
     from outrider.drafters.mtp import carried
     from outrider.models.folder import resolve_folder
     from outrider.models.load import inspect_checkpoint
 
-    facts = inspect_checkpoint(name, dtype=dtype)
+    facts = inspect_checkpoint(name, dtype=dtype, role=role)
     folder = resolve_folder(name)
     head = carried(folder) if folder.is_dir() else None
     length = min(max_length or facts.max_length, facts.max_length)
@@ -183,7 +183,7 @@ def slow_parts(models: dict[str, dict[str, Any]]) -> list[str]:
 
 def compare(models: dict[str, dict[str, Any]], folders: dict[str, str]) -> list[dict[str, Any]]:
     """The checks, each with a sentence that says what was found."""
-    from outrider.models.load import available_memory, load_tokenizer
+    from outrider.models.load import available_memory, load_tokenizer, stop_ids
     from outrider.vocabulary import first_difference
 
     need = sum(m["weights_bytes"] + m["kv_bytes"] for m in models.values()) + (300 << 20)
@@ -201,6 +201,8 @@ def compare(models: dict[str, dict[str, Any]], folders: dict[str, str]) -> list[
     for role, folder in folders.items():
         try:
             tokenizers[role] = load_tokenizer(folder)
+            if role == "target":
+                stop_ids(folder, tokenizers[role], models[role]["vocabulary"])
         except ConfigError as error:
             said.append(str(error))
     checks.append({"check": "tokenizer", "ok": not said, "found": "; ".join(said) or "it can be read"})

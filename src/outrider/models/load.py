@@ -249,10 +249,9 @@ class Facts:
     experts: str
 
 
-def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Facts:
-    """Facts of a folder or Hub name under the options of `load_target`; raises ConfigError where `load_target` would, or an engine
-    that is built on it."""
-    folder, where = resolve_folder(path_or_name), device_named(device)
+def inspect_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = "auto", role: str = "target") -> Facts:
+    """Facts of a folder or Hub name under the options of `load_target`; ConfigError where it raises that, or an engine with it."""
+    folder, where = resolve_folder(path), device_named(device)
     require_config(folder)
     found = _runtime(folder, "auto")
     raw = read_raw_config(folder) if isinstance(found, str) else found.raw
@@ -271,7 +270,8 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         parameters = sum(math.prod(entry.shape) for entry in read_entries(folder).values())
         sizes = _sizes_by_transformers(admit(folder, raw, tried=True))
         weights_bytes = parameters * chosen.itemsize
-    stop_ids(folder)  # an engine asks for them when it has the model
+    if role == "target":
+        stop_ids(folder, rows=sizes[0])
     vocab_size, max_length, layers, kv_heads, head_dim = sizes
     named = raw.get("architectures") or [raw.get("model_type", "unknown")]
     return Facts(

@@ -168,18 +168,27 @@ def vocab_fingerprint(tokenizer: protocols.Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]:
+def stop_ids(path_or_name: str | Path, tokenizer: Any = None, rows: int = 0) -> tuple[int, ...]:
     """Tokens that end a text: from generation_config.json, else from config.json; and the tokenizer's own end of text.
 
-    A GGUF file names its own.
+    A GGUF file names its own. rows: of the model's embedding; 0 if unknown.
 
     Raises ConfigError if generation_config.json (config.json, where there is none) sets a constraint on every text, which is not
-    supported here.
+    supported here, and for an end that the embedding has no row for: texts would never come to it.
     """
     folder = resolve_folder(path_or_name)
-    if is_gguf(folder):
-        return stops(folder)
-    folder = home_of(folder)
+    ends = stops(folder) if is_gguf(folder) else _ends_named(home_of(folder), tokenizer)
+    behind = [token for token in ends if not 0 <= token < rows] if rows else []
+    if behind:
+        raise ConfigError(
+            f"{folder} names the end-of-text token {behind[0]}, and its embedding has {rows} rows: correct eos_token_id "
+            "in its generation_config.json and config.json, or eos_token in its tokenizer_config.json"
+        )
+    return ends
+
+
+def _ends_named(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The ends that a folder's configurations and its tokenizer name."""
     generation, config = folder / "generation_config.json", folder / "config.json"
     if generation.is_file():
         refuse_constraints(read_json(generation, CONFIG_BYTES), generation)
