@@ -47,9 +47,8 @@ def t5(folder: Path) -> Path:
 
 
 def gpt2(folder: Path) -> Path:
-    ends = {"bos_token_id": 1, "eos_token_id": 2}
-    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
-    GPT2LMHeadModel(GPT2Config(vocab_size=101, **shape, **ends)).save_pretrained(folder)
+    config = GPT2Config(vocab_size=101, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
 
