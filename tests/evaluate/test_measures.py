@@ -218,10 +218,13 @@ class Broken(TableTarget):
         return found._replace(logits=torch.full_like(found.logits, torch.nan))
 
 
-def test_a_run_without_one_answer_is_an_error_and_no_speed_of_zero() -> None:
+def test_a_run_without_one_answer_is_an_error_and_no_speed_of_zero(tmp_path: Path) -> None:
     engine = Engine(Broken(torch.zeros(8, 8)), NoDraft(), load_rule("match"), Fixed(0), slots=2, max_length=64)
     with pytest.raises(ConfigError, match="no request was answered"):
         run_arms([Arm("plain", engine)], [[1], [2]], SamplingParams(max_tokens=4), repeats=1)
+    e = Experiment("x", {"a": {}, "b": {}}, "a", count=2, max_tokens=4)
+    with Store(tmp_path / "x.db") as db, pytest.raises(ConfigError, match="no request was answered"):
+        run_experiment(e, [Arm("a", engine), Arm("b", engine)], [[1], [2]], db, stop_early=False)
     good = Record("plain", 0, 0, 0, 4, 1.0, {}, Counts(), failed=1)
     check_answered([good, replace(good, tokens=0)])
     with pytest.raises(ConfigError, match="no request was answered"):
