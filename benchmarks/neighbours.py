@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import pool
+from peers import keeper, pool
 from peers.arms import ROOT, VENVS, Arm, Worker
 from peers.run import machine, say, write_json
 from peers.stats import Speeds, describe_machine, ratio, speeds, table
@@ -58,8 +58,8 @@ def core_seconds(pids: Sequence[int] | None = None) -> float:
     if pids is None:
         ticks = sum(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:4]))
     else:
-        family = {member for pid in pids for member in pool.descendants(pid)}
-        ticks = sum(int(t) for pid in family for t in pool.stat_of(pid)[11:13])
+        family = {member for pid in pids for member in keeper.descendants(pid)}
+        ticks = sum(int(t) for pid in family for t in keeper.stat_of(pid)[11:13])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 

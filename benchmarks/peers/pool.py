@@ -1,6 +1,7 @@
 """The worker processes: started once, asked one at a time, and stopped (SIGSTOP) while another one is measured.
 
-A stopped process cannot spin in an OpenMP barrier, poll a queue or collect garbage: one engine has the machine.
+A stopped process cannot spin in an OpenMP barrier, poll a queue or collect garbage: one engine has the machine. It cannot see that
+its parent is gone either, so that every worker has a `keeper`, which ends it and all that it started.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .arms import HERE, Worker
+from .keeper import descendants, stat_of
 
 
 class WorkerError(RuntimeError):
@@ -31,6 +34,7 @@ class Running:
 
     worker: Worker
     process: subprocess.Popen[str]
+    keeper: subprocess.Popen[bytes]
     log: Path
     versions: dict[str, str] = field(default_factory=dict)
     load_seconds: float = 0.0
@@ -60,7 +64,7 @@ def start(worker: Worker, load: Mapping[str, Any], threads: int, logs: Path, tim
             env=_environment(worker, threads),
             start_new_session=True,
         )
-    running = Running(worker, process, log)
+    running = Running(worker, process, kept(process.pid), log)
     try:
         answer = _exchange(running, {**load, "threads": threads, "options": worker.options}, timeout)
     except WorkerError:
@@ -70,6 +74,12 @@ def start(worker: Worker, load: Mapping[str, Any], threads: int, logs: Path, tim
     running.rss_gb = rss_gb(process.pid)
     pause(process.pid)
     return running
+
+
+def kept(pid: int) -> subprocess.Popen[bytes]:
+    """Start the keeper of a worker: its input is open as long as this process lives, however it ends."""
+    command = [sys.executable, "-S", "-m", f"{HERE.name}.keeper", str(pid)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, cwd=HERE.parent, start_new_session=True)
 
 
 def ask(running: Running, command: Mapping[str, Any], warm: Mapping[str, Any], timeout: float = 300) -> dict[str, Any]:
@@ -98,7 +108,11 @@ def end(running: Running, patience: float = 15) -> None:
     for pid in family:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    running.keeper.kill()  # before the worker's number is free for another process
     running.process.wait()
+    running.keeper.wait()
+    assert running.keeper.stdin is not None
+    running.keeper.stdin.close()
     if running.process.stdout is not None:
         running.process.stdout.close()
 
@@ -167,19 +181,6 @@ def in_turn(
     return samples
 
 
-def descendants(pid: int) -> list[int]:
-    """A process and everything it started, parents first."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            for parent in stat_of(int(entry.name))[1:2]:
-                children.setdefault(int(parent), []).append(int(entry.name))
-    family = [pid]
-    for member in family:
-        family += children.get(member, [])
-    return family
-
-
 def rss_gb(pid: int) -> float:
     """Resident memory of a process and everything it started, in 10^9 bytes; pages they share count once each."""
     pages = 0
@@ -222,11 +223,3 @@ def resume(pid: int) -> None:
 def _state(pid: int) -> str:
     """One letter: R running, S sleeping, D waiting for a device, T stopped, Z ended."""
     return next(iter(stat_of(pid)), "Z")
-
-
-def stat_of(pid: int) -> list[str]:
-    """Fields of /proc/<pid>/stat from the state on; empty if the process is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,12 @@ ROLES = {
 """Who speaks, by the names that data sets have for it."""
 KEPT = ("name", "tool_call_id", "tool_calls", "reasoning_content")
 """What a message may have besides role and content that templates read."""
+
+
+TEMPLATE_SECONDS = 20.0
+"""Processor time that a chat template may take."""
+MOST_TEXT = 1 << 24
+"""Most characters of a conversation as its template writes it: several times the longest context there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,15 +165,46 @@ def _drops_texts(tokenizer: Any, chosen: Mapping[str, Any]) -> bool:
     return not shows(_TRIAL) and shows([{"type": "text", "text": _TRIAL}])
 
 
+def rendered_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The text of a conversation by the tokenizer's chat template, a program of whoever made the model: it has TEMPLATE_SECONDS (in
+    the main thread; elsewhere nothing can end it) and writes at most MOST_TEXT. Raises what the template raises.
+
+    options: what the template gets besides.
+    """
+    chosen = {"chat_template": options["chat_template"]} if options.get("chat_template") else {}
+    with _ended_in_time():
+        read = as_read(tokenizer, messages, **chosen)
+        text = str(tokenizer.apply_chat_template(read, tokenize=False, **options))
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"it writes {len(text)} characters, more than any model reads")
+    return text
+
+
+@contextlib.contextmanager
+def _ended_in_time() -> Iterator[None]:
+    """Raises TimeoutError inside when the time is over, and again as long as it is caught there."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(*_: Any) -> None:
+        raise TimeoutError(f"it takes more than {TEMPLATE_SECONDS:.0f} seconds")
+
+    before = signal.signal(signal.SIGVTALRM, over)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str) -> list[int]:
     """The prompt of a conversation, with the opening of the answer, by the model's own template. Raises ConfigError, which begins
     with `where`, for one that the template refuses."""
     try:
-        return list(
-            tokenizer.apply_chat_template(
-                as_read(tokenizer, messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        )
+        text = rendered_text(tokenizer, messages, add_generation_prompt=True)
+        return list(tokenizer.encode(text, add_special_tokens=False))
     except Exception as error:  # templates are programs of the model's makers and raise what they like
         raise ConfigError(f"{where}: the target's chat template refuses it ({str(error)[:200]})") from None
 
@@ -174,7 +213,7 @@ def whole_text(tokenizer: Any, conversation: Conversation) -> str:
     """A conversation with its answers, as the template writes it; without the token that begins a text, which encoding adds. Raises
     ValueError for one that the template refuses."""
     try:
-        text = str(tokenizer.apply_chat_template(as_read(tokenizer, conversation.messages), tokenize=False))
+        text = rendered_text(tokenizer, conversation.messages)
     except Exception as error:  # as above
         raise ValueError(f"the target's chat template refuses it ({str(error)[:200]})") from None
     begin = getattr(tokenizer, "bos_token", None) or getattr(tokenizer, "special", {}).get("bos_token")  # of GGUF files

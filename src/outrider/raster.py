@@ -60,10 +60,6 @@ class Raster:
             raise ConfigError(f"the model has no class {name!r}: choose one of {', '.join(self.classes)}")
         return [self.classes[name]]
 
-    def only_colours(self, vocab_size: int) -> dict[int, float]:
-        """A `logit_bias` that leaves nothing but colours to draw."""
-        return dict.fromkeys(range(len(self.colours), vocab_size), -100.0)
-
     def conditions(self) -> dict[int, int]:
         """Class token -> the token that takes its place in the unconditional row of guidance."""
         return dict.fromkeys(self.classes.values(), self.null)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.peers import arms, pool, report, stats
+from benchmarks.peers import arms, keeper, pool, report, stats
 
 ECHO = """
 import channel
@@ -86,6 +88,32 @@ def test_worker_answers_and_is_stopped_in_between(tmp_path):
     assert running.process.returncode is not None
 
 
+PARENT = """
+import sys, time
+from pathlib import Path
+from benchmarks.peers import arms, pool
+running = pool.start(arms.Worker("echo", sys.argv[1], Path(sys.executable), "torch"), {load!r}, 1, Path(sys.argv[2]))
+print(running.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_stopped_workers_end_with_a_parent_that_is_killed(tmp_path):
+    script = _echo(tmp_path).script
+    code = PARENT.replace("{load!r}", repr(LOAD))
+    parent = subprocess.Popen([sys.executable, "-c", code, script, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    assert _state(worker) == "T"
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    give_up = time.monotonic() + 60
+    while _state(worker) not in ("Z", "") and time.monotonic() < give_up:
+        time.sleep(0.02)
+    assert _state(worker) in ("Z", "")
+
+
 def test_worker_errors_are_told(tmp_path):
     with pytest.raises(pool.WorkerError, match="no such model"):
         pool.start(_echo(tmp_path, broken=True), LOAD, 1, tmp_path)
@@ -150,7 +178,7 @@ def _echo(folder: Path, **options: object) -> object:
 
 
 def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return next(iter(keeper.stat_of(pid)), "")
 
 
 def test_medians_survive_gaps():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from outrider import Engine
 from outrider.cli.main import main
@@ -52,6 +54,28 @@ def test_convert_then_doctor(pair: tuple[Path, Path], tmp_path: Path, run: Run) 
     assert (target["runtime"], target["architecture"], target["vocabulary"]) == ("lean", "LlamaForCausalLM", 320)
     assert target["stored"].startswith("GGUF: bf16")
     assert target["parameters"] == json.loads(run("doctor", pair[0], "--json")[1])["models"]["target"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "sentence"),
+    [
+        (float("nan"), "q8_0", "no finite numbers"),
+        (float("inf"), "f32", "no finite numbers"),
+        (1e30, "f16", "too large for f16: choose bf16 or f32"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(
+    pair: tuple[Path, Path], tmp_path: Path, run: Run, value: float, kind: str, sentence: str
+) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out.gguf"
+    shutil.copytree(pair[0], folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    code, _, said = run("convert", folder, out, "--type", kind)
+    assert code == 2 and "model.layers.0.mlp.up_proj.weight" in said and sentence in said
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("order", ["file, folder", "folder, file", "file, file"])

@@ -19,7 +19,7 @@ from outrider.assets import shipped_images
 from outrider.cli import main
 from outrider.errors import ConfigError
 from outrider.evaluate.images import load_painter
-from outrider.evaluate.png import blocks, enlarged, grid, png
+from outrider.evaluate.png import blocks, enlarged, grid, grid_size, png
 from outrider.raster import Raster, read_raster
 
 WANTED = [("7", 3), ("0", 4), (None, 5)]
@@ -60,6 +60,7 @@ def test_a_png_is_the_picture() -> None:
         assert np.array_equal(decoded(png(picture)), picture)
     whole = grid([np.full((2, 3), n, np.uint8) for n in (1, 2, 3)], 2, gap=1, back=9)
     assert whole.tolist() == [[1, 1, 1, 9, 2, 2, 2]] * 2 + [[9] * 7] + [[3, 3, 3, 9, 9, 9, 9]] * 2
+    assert grid_size((2, 3), 3, 2) == whole.shape
     assert enlarged(np.array([[1, 2]], np.uint8), 2).tolist() == [[1, 1, 2, 2]] * 2
     assert len(blocks(np.zeros((5, 4), np.uint8))) == 3
     with pytest.raises(ConfigError, match="smaller scale"):
@@ -98,6 +99,37 @@ def test_length_0_draws_plainly_whatever_drafts() -> None:
     painter = load_painter(shipped_images(), "jacobi:5", length=0, slots=1)
     painter.draw(WANTED[:1])
     assert (painter.engine.counts.proposed, painter.engine.counts.steps) == (0, 64)
+
+
+@pytest.mark.parametrize(("guidance", "temperature"), [(100.0, 1.0), (8.0, 1.0), (1.0, 100.0)])
+@pytest.mark.parametrize("draft", ["none", "eagle"])
+def test_only_colours_are_drawn_at_any_guidance_and_temperature(guidance: float, temperature: float, draft: str) -> None:
+    """The classes and the rest of the vocabulary have no probability, however far logits are apart or close together."""
+    painter = load_painter(shipped_images(), draft, guidance=guidance, slots=8)
+    drawn = painter.draw([(str(n), n) for n in range(8)], temperature)
+    assert {len(d.tokens) for d in drawn} == {64}
+    assert max(t for d in drawn for t in d.tokens) < 17
+
+
+def test_a_model_without_classes_draws_without_one(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "target"
+    shutil.copytree(shipped_images(), folder)
+    raw = json.loads((folder / "raster.json").read_text())
+    (folder / "raster.json").write_text(json.dumps(raw | {"classes": {}}))
+    words = ("--target", str(folder), "--count", "2", "--draft", "none", "--scale", "1")
+    assert run(monkeypatch, *words, "--out", str(tmp_path / "x.png")) == 0
+    assert decoded((tmp_path / "x.png").read_bytes()).shape == (8, 17)
+
+
+def test_a_grid_that_is_too_large_is_refused_before_it_is_made(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A patch of a thousand pixels makes a white grid of many gigabytes: only its size is needed."""
+    folder = tmp_path / "target"
+    shutil.copytree(shipped_images(), folder)
+    raw = json.loads((folder / "raster.json").read_text())
+    (folder / "raster.json").write_text(json.dumps(raw | {"patch": 1000, "colours": [[0] * 1_000_000]}))
+    monkeypatch.setattr(Raster, "pixels", lambda self, tokens: pytest.fail("a picture was made"))
+    assert run(monkeypatch, "--target", str(folder), "--draft", "none", "--out", str(tmp_path / "x.png")) == 2
+    assert "smaller scale" in capsys.readouterr().err
 
 
 def test_the_command_writes_a_grid(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -184,7 +216,6 @@ def test_a_raster_draws_what_it_says(tmp_path) -> None:
     again = read_raster(tmp_path)
     assert again.pixels([0, 1, 2]).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 255, 255], [10, 11, 255, 255]]
     assert (again.prompt("a"), again.prompt(None), again.conditions()) == ([3], [4], {3: 4})
-    assert again.only_colours(6) == {3: -100.0, 4: -100.0, 5: -100.0}
     with pytest.raises(ConfigError, match="at most 4 tokens"):
         again.pixels([3])
     assert float(np.linalg.norm(Raster(1, 1, np.array([[[0]], [[255]]], np.uint8), {}, 0).codes()[1])) == 1.0

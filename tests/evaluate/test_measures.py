@@ -17,16 +17,18 @@ from outrider.cli.main import main
 from outrider.control.fixed import Fixed
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
+from outrider.errors import ConfigError
 from outrider.evaluate.bench.gate import Margins, gate, same_draws
 from outrider.evaluate.bench.presets import arms_of, by_length
 from outrider.evaluate.experiments.experiment import Experiment, analyse, build_arms, run_experiment
 from outrider.evaluate.experiments.report import write_experiment
-from outrider.evaluate.measure import Arm, run_arms, text_seed
+from outrider.evaluate.measure import Arm, check_answered, run_arms, text_seed
 from outrider.evaluate.planning import plan as pl
 from outrider.evaluate.records import Record
 from outrider.evaluate.scoring import costs
-from outrider.evaluate.scoring.score import Clock
+from outrider.evaluate.scoring.score import Clock, logits_along
 from outrider.evaluate.store.store import Store
+from outrider.models.toy import TableTarget
 from outrider.params import SamplingParams
 from outrider.records import PHASES, Counts
 from outrider.telemetry.ledger import standing
@@ -206,3 +208,29 @@ def test_arms_that_load_a_draft_differently_have_drafts_of_their_own() -> None:
     assert models[0] is not models[1] and models[0] is models[2]
     assert {key.quantize for key in engine.loaded.models} == {None, "int8"}
     assert companion(engine, "auto").loaded.models is engine.loaded.models
+
+
+class Broken(TableTarget):
+    """A target whose weights are no numbers."""
+
+    def forward(self, *given: Any, **more: Any) -> Any:
+        found = super().forward(*given, **more)
+        return found._replace(logits=torch.full_like(found.logits, torch.nan))
+
+
+def test_a_run_without_one_answer_is_an_error_and_no_speed_of_zero(tmp_path: Path) -> None:
+    engine = Engine(Broken(torch.zeros(8, 8)), NoDraft(), load_rule("match"), Fixed(0), slots=2, max_length=64)
+    with pytest.raises(ConfigError, match="no request was answered"):
+        run_arms([Arm("plain", engine)], [[1], [2]], SamplingParams(max_tokens=4), repeats=1)
+    e = Experiment("x", {"a": {}, "b": {}}, "a", count=2, max_tokens=4)
+    with Store(tmp_path / "x.db") as db, pytest.raises(ConfigError, match="no request was answered"):
+        run_experiment(e, [Arm("a", engine), Arm("b", engine)], [[1], [2]], db, stop_early=False)
+    good = Record("plain", 0, 0, 0, 4, 1.0, {}, Counts(), failed=1)
+    check_answered([good, replace(good, tokens=0)])
+    with pytest.raises(ConfigError, match="no request was answered"):
+        check_answered([replace(good, tokens=0)])
+
+
+def test_logits_that_are_no_numbers_are_a_sentence_where_texts_are_scored() -> None:
+    with pytest.raises(ConfigError, match="no numbers"):
+        list(logits_along(Broken(torch.zeros(8, 8)), [1, 2, 3], 0, Clock()))

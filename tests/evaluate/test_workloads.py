@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from outrider import conversations
 from outrider.assets import chat_prompts_file
-from outrider.conversations import Conversation, conversation_in, whole_text
+from outrider.conversations import Conversation, conversation_in, prompt_ids, whole_text
 from outrider.errors import ConfigError
 from outrider.evaluate.scoring.score import given_text, ready_items
 from outrider.evaluate.workloads import Row, load_prompts, load_rows, questions_of, ready, told
 from outrider.files import read_text
+from outrider.models.gguf.template import render
 from outrider.theory.logs import read_log
 from tests.checkpoints import make_tokenizer
 
@@ -266,3 +269,41 @@ def untemplated(speaker: Any, rows: list[Row]) -> list[Any]:
 def test_training_text_has_one_token_that_begins_it(speaker: Any) -> None:
     talk = conversation_in({"messages": [HI, HO]})
     assert talk is not None and whole_text(speaker.tokenizer, talk) == "user: hi</s><s>assistant: ho</s>"
+
+
+class Written:
+    """A tokenizer of one letter a token, with a chat template of a file."""
+
+    def __init__(self, template: str) -> None:
+        self.chat_template = template
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], tokenize: bool, **more: Any) -> str:
+        return render(self.chat_template, {"messages": messages, **more})
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return list(text.encode())
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (LOOPS, "takes more than"),
+        (LOOPS + "{{ messages[0]['type'] }}", "takes more than"),
+        ("{{ 'a' * 20000000 }}", "any model reads"),
+    ],
+)
+def test_a_template_that_does_not_end_or_writes_without_end_is_refused(
+    monkeypatch: pytest.MonkeyPatch, template: str, why: str
+) -> None:
+    """Before its text is made tokens, which takes gigabytes; also where its trial with one message does not end."""
+    monkeypatch.setattr(conversations, "TEMPLATE_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(ConfigError, match=why):
+        prompt_ids(Written(template), [{"role": "user", "content": "hi"}], "x")
+    with pytest.raises(ValueError, match=why):
+        whole_text(Written(template), Conversation(({"role": "user", "content": "hi"},)))
+    assert signal.getsignal(signal.SIGVTALRM) is before and signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    assert prompt_ids(Written("{{ messages[0].content }}"), [{"role": "user", "content": "hi"}], "x") == [104, 105]

@@ -23,6 +23,7 @@ def reading(uptime: float, emitted: int, pid: int) -> tuple[dict[str, Any], str]
         "speedup": 1.0,
     }
     now |= {"judged": 0, "accepted": 0, "rejected": 0, "risk": 0.0, "spread": 0.0, "bias": 0.0, "failed": 0}
+    now |= {"evidence": {"judged": emitted, "rejected": emitted, "risk": float(emitted), "spread": 0.0}}
     server = {"uptime": uptime, "pid": pid, "ready": True, "slots": 2, "queue": 3}
     state = {"server": server, "now": now, "positions": {"judged": [emitted], "accepted": []}, "outcomes": {"stop": 1}}
     state |= {"refused": {}, "ledger": {"agrees": True, "log_evidence": 0.0}, "alerts": [], "requests": []}
@@ -50,5 +51,6 @@ def test_a_sum_never_falls_and_is_what_was_counted(steps: list[tuple[str, int, b
         state = sums.state(0.0)
         assert state is not None
         assert seen == total == state["now"]["emitted"] == state["positions"]["judged"][0] >= last
+        assert state["ledger"]["observed"] == state["ledger"]["predicted"] == total
         assert sample(sums.exposition(), "load") == len(sums.live) == state["now"]["running"]
         last = seen

@@ -19,9 +19,13 @@ from outrider.cli.serve import past_of
 from outrider.control.adaptive import Outlook
 from outrider.errors import ConfigError
 from outrider.evaluate.store.store import Store
+from outrider.integrations.watch import Watch
 from outrider.models.toy import TableTarget
+from outrider.records import PHASES, Counts, StepRecord
 from outrider.serve.watch import Monitor
 from outrider.serve.webhook import Webhook, check_url, post
+from outrider.telemetry.ledger import ledger
+from outrider.telemetry.prometheus import Metrics
 from outrider.verify import load_rule
 from tests.contract.scripted import Budgets, Scripted
 from tests.serve.harness import Running, serving, until
@@ -174,6 +178,30 @@ def test_a_dishonest_rule_is_caught_and_a_repeated_seed_is_not() -> None:
             text = running.call("GET", "/metrics")[2].decode()
             value = float(text.split("outrider_exactness_log_evalue{")[1].split("} ")[1].split()[0])
             assert (value > 13.8) is doubted
+            book = json.loads(running.call("GET", "/outrider/state")[2])["ledger"]
+            assert (book["low"] <= book["observed"] <= book["high"]) is not doubted
+            evidence = running.bridge.metrics.evidence
+            assert (evidence.judged == running.bridge.metrics.counts.judged) is (seed is None)
+            assert f'outrider_evidence_rejections_total{{model_name="pycode"}} {float(book["observed"])}' in text
+            assert f'outrider_spec_decode_ledger_high{{model_name="pycode"}} {book["high"]}' in text
+            watched = Watch(running.url)
+            watched.once()
+            assert {k: watched.state()["ledger"][k] for k in ("predicted", "observed", "low", "high")} == {
+                k: pytest.approx(book[k]) for k in ("predicted", "observed", "low", "high")
+            }
+
+
+def test_a_canary_that_is_repeated_with_its_seed_pushes_no_interval() -> None:
+    """An unlucky text that comes a thousand times is one draw of luck, and none once its client chose the seed."""
+    metrics = Metrics("m")
+    one, seconds = Counts(judged=60, rejected=20, risk=14.0, spread=9.0), dict.fromkeys(PHASES, 0.0)
+    for _ in range(1000):
+        metrics(StepRecord(60, 1, 1, 0, seconds, one))
+    book = ledger(metrics.evidence)
+    assert not ledger(metrics.counts).agrees and book.agrees and book.judged == 0
+    assert 'outrider_spec_decode_ledger_high{model_name="m"} 0.0' in metrics.text().decode()
+    metrics(StepRecord(60, 1, 1, 0, seconds, one, engine_seeded=one))
+    assert ledger(metrics.evidence) == ledger(one)
 
 
 def test_cost_and_resources() -> None:

@@ -34,7 +34,7 @@ from tests.watch.server import PAGES, fake, ok, status
 from tests.watch.test_watcher import Clock, tick
 
 
-def completed(running: Running, seed: int, key: str = KEY) -> dict[str, Any]:
+def completed(running: Running, seed: int | None, key: str = KEY) -> dict[str, Any]:
     body = {k: v for k, v in BODY.items() if k != "stream"} | {"seed": seed}
     code, _, data = running.call("POST", "/v1/completions", body, {"Authorization": f"Bearer {key}"})
     assert code == 200
@@ -48,7 +48,7 @@ def test_figures_are_a_recount(tmp_path: Path) -> None:
         tick(watch, clock)
         log = Log(tmp_path / "w.db", "toy", watch, every=4.0)
         log.tick()
-        replies = [completed(running, n) for n in range(8)]
+        replies = [completed(running, n or None) for n in range(8)]
         tick(watch, clock, 3)
         assert log.tick()
         s, c = watch.recent(), running.bridge.metrics.counts
@@ -65,7 +65,8 @@ def test_figures_are_a_recount(tmp_path: Path) -> None:
         assert (reading["engine"], reading["model"]) == ("Outrider", "pycode") and reading["since_start"]["ended"][
             "length"
         ] == 8
-        assert watch.state()["ledger"]["observed"] == rejected and watch.state()["ledger"]["agrees"]
+        own = sum(x["rejections"] for x in replies[0]["metrics"]["outrider"])  # the one without a seed of its own
+        assert watch.state()["ledger"]["observed"] == own < rejected and watch.state()["ledger"]["agrees"]
         log.close()
         with Store(tmp_path / "w.db") as store:
             run = store.run("toy")

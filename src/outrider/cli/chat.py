@@ -16,7 +16,7 @@ from outrider.cli.engine_options import ENGINE, load_engine
 from outrider.cli.generate import Images
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
-from outrider.conversations import as_read
+from outrider.conversations import rendered_text
 from outrider.dialects.formats import FORMATS
 from outrider.dialects.harmony import HarmonyReader
 from outrider.dialects.pieces import Piece
@@ -127,8 +127,7 @@ class Conversation:
         self.images += images
 
     def _render(self, messages: list[dict[str, Any]], **more: Any) -> str:
-        tokenizer = self.engine.tokenizer
-        return tokenizer.apply_chat_template(as_read(tokenizer, messages), tokenize=False, **more)
+        return rendered_text(self.engine.tokenizer, messages, **more)
 
     def _prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation. Raises RequestError for one that the template refuses."""
@@ -136,9 +135,8 @@ class Conversation:
             return self.engine.images.chat(messages)
         tokenizer = self.engine.tokenizer
         try:
-            return tokenizer.apply_chat_template(
-                as_read(tokenizer, messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            text = rendered_text(tokenizer, messages, add_generation_prompt=True)
+            return list(tokenizer.encode(text, add_special_tokens=False))
         except Exception as error:  # templates are programs of the model's makers and raise what they like
             raise RequestError(f"the target's chat template refuses this conversation ({str(error)[:200]})") from None
 

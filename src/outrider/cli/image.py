@@ -33,7 +33,7 @@ def image(options: EngineOptions, asked: ImageOptions, sampling: Any, json: Json
     """
     from outrider.assets import shipped_images
     from outrider.evaluate.images import load_painter, takes_descriptions
-    from outrider.evaluate.png import check_size, enlarged, grid, png
+    from outrider.evaluate.png import check_size, enlarged, grid, grid_size, png
     from outrider.files import write_whole
 
     described = asked.target is not None and takes_descriptions(asked.target)
@@ -59,7 +59,8 @@ def image(options: EngineOptions, asked: ImageOptions, sampling: Any, json: Json
     tell(painter.engine.notices)
     scale = asked.scale or (1 if asked.prompt is not None else 8)
     columns = math.ceil(math.sqrt(asked.count))
-    high, wide = grid([painter.raster.pixels([])] * asked.count, columns).shape[:2]
+    raster = painter.raster
+    high, wide = grid_size((raster.height * raster.side, raster.width * raster.side), asked.count, columns)
     check_size((high * scale, wide * scale))  # before anything is drawn
     with shown(painter.raster, columns, whole=described) as show:
         drawings = painter.draw(jobs, sampling.temperature, show)
@@ -85,7 +86,7 @@ def wanted(asked: ImageOptions, code: Any) -> list[tuple[str | None, int]]:
     if asked.prompt is not None:
         kinds = [asked.prompt]
     elif asked.kind is None:
-        kinds = list(code.classes)
+        kinds = list(code.classes) or [None]
     return [(kinds[i % len(kinds)], asked.seed + i) for i in range(asked.count)]
 
 

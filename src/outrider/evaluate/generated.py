@@ -46,10 +46,6 @@ class Written:
             raise ConfigError("say what to draw: this model writes images from a description (--prompt)")
         return self.model.prompt(name)
 
-    def only_colours(self, vocab_size: int) -> dict[int, float]:
-        """Nothing: the target draws codes alone."""
-        return {}
-
     def pixels(self, tokens: Sequence[int]) -> Picture:
         """Colours [h, w, 3] of a whole picture; of less, white."""
         codes = self.frame.codes_of(list(tokens))

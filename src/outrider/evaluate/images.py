@@ -16,6 +16,7 @@ from outrider.errors import ConfigError
 from outrider.evaluate.generated import Opened, open_generator
 from outrider.evaluate.png import Picture
 from outrider.models.folder import resolve_folder
+from outrider.models.framed import Frame, Framed
 from outrider.models.guided import Guided
 from outrider.models.hf.generators import GENERATORS, kind_of
 from outrider.models.load import load_target
@@ -55,10 +56,6 @@ class ImageCode(Protocol):
         """Tokens before a picture of a class, or of a description."""
         ...
 
-    def only_colours(self, vocab_size: int) -> dict[int, float]:
-        """A `logit_bias` that leaves nothing but colours to draw; empty where the target draws nothing else."""
-        ...
-
     def pixels(self, tokens: Sequence[int]) -> Picture:
         """The picture of all its tokens; without tokens a white one of its size."""
         ...
@@ -73,11 +70,7 @@ class Painter:
 
     def request(self, name: str | None, seed: int, temperature: float = 1.0) -> tuple[list[int], SamplingParams]:
         """Prompt and parameters of one picture of class `name`."""
-        allowed = self.raster.only_colours(self.engine.parts.target.vocab_size)
-        count = self.raster.tokens
-        params = SamplingParams(
-            temperature=temperature, max_tokens=count, ignore_eos=True, seed=seed, logit_bias=allowed
-        )
+        params = SamplingParams(temperature=temperature, max_tokens=self.raster.tokens, ignore_eos=True, seed=seed)
         return self.raster.prompt(name), params
 
     def draw(
@@ -191,8 +184,12 @@ def open_raster(place: Path, guidance: float | None, dtype: str) -> Opened:
     raster = read_raster(place)
     scale = raster.guidance if guidance is None else guidance
 
-    def guided(model: Target) -> Target:
-        return model if scale == 1.0 else Guided(model, raster.conditions(), scale)
+    def drawing(model: Target) -> Target:
+        """The model guided, and of its vocabulary nothing but colours: a bias of logits would be outweighed by a large scale of
+        guidance, and divided by a high temperature."""
+        guided = model if scale == 1.0 else Guided(model, raster.conditions(), scale)
+        colours = torch.arange(model.vocab_size) < len(raster.colours)
+        return Framed(guided, Frame(colours, raster.height, raster.width))
 
     target = load_target(place, dtype=dtype, role="target")
     most = max(len(raster.colours) - 1, raster.null, *raster.classes.values())
@@ -203,6 +200,6 @@ def open_raster(place: Path, guidance: float | None, dtype: str) -> Opened:
         )
 
     def draft(path: str) -> Target:
-        return guided(load_target(path, dtype=dtype, role="draft"))
+        return drawing(load_target(path, dtype=dtype, role="draft"))
 
-    return Opened(guided(target), raster, torch.from_numpy(raster.codes()), draft, 1 + raster.tokens)
+    return Opened(drawing(target), raster, torch.from_numpy(raster.codes()), draft, 1 + raster.tokens)

@@ -234,7 +234,14 @@ def run_arms(
                 records.append(record)
                 if progress:
                     progress(arm.name)
+    check_answered(records)
     return records
+
+
+def check_answered(records: Seq[Record]) -> None:
+    """Raise ConfigError if every request failed and none has a token: that is no failure of single ones."""
+    if records and all(r.failed and not r.tokens for r in records):
+        raise ConfigError("no request was answered, so that nothing was measured: `outrider generate` with this target says why")
 
 
 @cache

@@ -38,13 +38,17 @@ def png(picture: Picture) -> bytes:
 def grid(pictures: Sequence[Picture], columns: int, gap: int = 1, back: int = 128) -> Picture:
     """Pictures of one size side by side, `columns` in a row, `gap` pixels of grey `back` between them."""
     height, width = pictures[0].shape[:2]
-    rows = -(-len(pictures) // columns)
-    size = (rows * (height + gap) - gap, columns * (width + gap) - gap, *pictures[0].shape[2:])
+    size = (*grid_size((height, width), len(pictures), columns, gap), *pictures[0].shape[2:])
     out = np.full(size, back, dtype=np.uint8)
     for n, picture in enumerate(pictures):
         top, left = (n // columns) * (height + gap), (n % columns) * (width + gap)
         out[top : top + height, left : left + width] = picture
     return out
+
+
+def grid_size(size: tuple[int, int], count: int, columns: int, gap: int = 1) -> tuple[int, int]:
+    """Height and width of the `grid` of `count` pictures of a size."""
+    return -(-count // columns) * (size[0] + gap) - gap, columns * (size[1] + gap) - gap
 
 
 def enlarged(picture: Picture, scale: int) -> Picture:

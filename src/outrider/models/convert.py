@@ -30,7 +30,7 @@ from outrider.models.rotary import (
     rope_keys_by_kind,
 )
 from outrider.models.stacked import parts_of
-from outrider.nn.blocks import BlockType, named, quantise
+from outrider.nn.blocks import BlockType, Segment, finite, named, quantise
 
 ARCHITECTURE = {row.family: name for name, row in ARCHITECTURES.items()} | {"mistral": "llama", "mixtral": "llama"}
 """The families that are written -> their names in GGUF."""
@@ -129,7 +129,7 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for i, (name, _, block) in enumerate(plan):
-            rows = [quantise(part.reshape(-1, part.shape[-1]), block) for part in _parts(checkpoint, name)]
+            rows = [_stored(name, part.reshape(-1, part.shape[-1]), block) for part in _parts(checkpoint, name)]
             writer.write_tensor_data((rows[0] if len(rows) == 1 else torch.cat(rows)).numpy())
             progress((i + 1) / len(plan))
         for numbers in divisors.values():
@@ -137,6 +137,17 @@ def _write(
     finally:
         writer.close()
     return total
+
+
+def _stored(name: str, values: Tensor, block: BlockType) -> Tensor:
+    """Rows as a type stores them. Raises ConfigError for what no file that can be read has: values that are no finite numbers, or
+    too large for the type."""
+    if not bool(values.isfinite().all()):
+        raise ConfigError(f"tensor {name} has values that are no finite numbers: the checkpoint is damaged, download it again")
+    rows = quantise(values, block)
+    if not finite(Segment(block, rows)):
+        raise ConfigError(f"tensor {name} has values that are too large for {block.name}: choose bf16 or f32")
+    return rows
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -135,7 +135,7 @@ def state_of(
     """
     metrics = watch.bridge.metrics
     c, residuals = metrics.counts, metrics.residuals
-    look, book = watch.outlook(), ledger(c)
+    look, book = watch.outlook(), ledger(metrics.evidence)
     fixed = {"model": model, "version": __version__, "uptime": monotonic() - watch.began}
     return {
         "server": fixed | server,

@@ -111,8 +111,10 @@ class Watching(ABC):
         look = self.outlook()
         sums = {name: getattr(c, name) for name in ("emitted", "proposed", "accepted", "rejected", "judged")}
         sums |= {name: getattr(c, name) for name in ("risk", "spread", "bias")}
+        evidence = {name: getattr(m.evidence, name) for name in ("judged", "rejected", "risk", "spread")}
         return sums | {
             "t": self.clock(),
+            "evidence": evidence,
             "steps": m.steps,
             "sequence_steps": c.steps,
             "seconds": dict(m.seconds),

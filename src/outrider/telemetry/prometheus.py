@@ -97,14 +97,16 @@ class Metrics(Collector):
     """A sink of step records and of finished requests, and the text that Prometheus reads.
 
     model: the served name. info: labels of the configuration (drafter, rule, ...). The sums are written by the engine thread
-    and the request metrics by the event loop; each number has one writer, so reading needs no lock. residuals: the evidence
-    about exactness. gauges, counters: further values by name (without `outrider_`), with their help text. alerts: name and
-    state of every built-in alert.
+    and the request metrics by the event loop; each number has one writer, so reading needs no lock. evidence: the sums of the
+    sequences whose seed the engine chose, residuals: what they say about exactness; requests with seeds of their own may repeat
+    one another's noise, and count in neither. gauges, counters: further values by name (without `outrider_`), with their help
+    text. alerts: name and state of every built-in alert.
     """
 
     model: str
     info: dict[str, str] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
+    evidence: Counts = field(default_factory=Counts)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     steps: int = 0
     rows: int = 0
@@ -140,6 +142,7 @@ class Metrics(Collector):
         for phase, value in record.seconds.items():
             self.seconds[phase] += value
         self.counts.merge(record.counts)
+        self.evidence.merge(record.engine_seeded)
         self.residuals.add(record.engine_seeded)
 
     def finished(self, request: Finished) -> None:
@@ -204,7 +207,9 @@ class Metrics(Collector):
         )
         for name, value in (("running", self.running), ("waiting", self.waiting)):
             yield _gauge(f"vllm:num_requests_{name}", f"Sequences {name}.", names, values, value)
-        yield _gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", names, values, self.kv_usage())
+        yield _gauge(
+            "vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", names, values, self.kv_usage()
+        )
         for name, text, histogram in (
             ("time_to_first_token_seconds", "Arrival to first token.", self.first_token),
             ("request_time_per_output_token_seconds", "Mean seconds per token after the first.", self.per_token),
@@ -216,7 +221,11 @@ class Metrics(Collector):
             ("request_inference_time_seconds", "A slot to last token.", self.inference),
             ("request_prompt_tokens", "Prompt tokens of a request.", self.prompt_lengths),
             ("request_generation_tokens", "Tokens that a request got.", self.output_lengths),
-            ("request_max_num_generation_tokens", "Tokens that the longest sample of a request got.", self.longest_lengths),
+            (
+                "request_max_num_generation_tokens",
+                "Tokens that the longest sample of a request got.",
+                self.longest_lengths,
+            ),
         ):
             yield _histogram(f"vllm:{name}", text, names, values, histogram)
 
@@ -242,15 +251,28 @@ class Metrics(Collector):
         ):
             samples = [([self.model, str(d)], n) for d, n in enumerate(by_depth)]
             yield _counter(f"outrider_spec_decode_{name}", text, ["model_name", "position"], samples)
-        book = ledger(c)
-        for name, text, value in (
-            ("ledger_low", "Lowest number of rejections that agrees with the prediction (99%).", book.low),
-            ("ledger_high", "Highest number of rejections that agrees with the prediction (99%).", book.high),
-        ):
-            yield _gauge(f"outrider_spec_decode_{name}", text, names, values, value)
+        yield from self._ledger()
         yield _histogram(
             "outrider_request_acceptance_length", "Tokens per step of a request.", names, values, self.lengths
         )
+
+    def _ledger(self) -> Iterator[Metric]:
+        """Of the evidence alone: its sums, and between which numbers its rejections lie in an exact engine."""
+        names, values, e = ["model_name"], [self.model], self.evidence
+        whose = "of requests without a seed of their own"
+        for name, text, value in (
+            ("judged_tokens", "Draft positions whose coin was tossed", e.judged),
+            ("rejections", "Draft tokens rejected", e.rejected),
+            ("predicted_rejections", "Predicted rejections", e.risk),
+            ("rejection_variance", "Predictable variance of rejections minus predicted rejections", e.spread),
+        ):
+            yield _counter(f"outrider_evidence_{name}", f"{text}, {whose}.", names, [(values, value)])
+        book = ledger(e)
+        for name, text, value in (
+            ("low", "Lowest number of evidence_rejections that agrees with the prediction (99%).", book.low),
+            ("high", "Highest number of evidence_rejections that agrees with the prediction (99%).", book.high),
+        ):
+            yield _gauge(f"outrider_spec_decode_ledger_{name}", text, names, values, value)
 
     def _server(self) -> Iterator[Metric]:
         names, values = ["model_name"], [self.model]

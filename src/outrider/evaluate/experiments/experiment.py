@@ -17,7 +17,7 @@ from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError, unknown_name
 from outrider.evaluate.experiments.continuations import Continuations
 from outrider.evaluate.experiments.control_variates import METRICS, Metric, Reduction, compare
-from outrider.evaluate.measure import Arm, grouped, run_group, text_seed
+from outrider.evaluate.measure import Arm, check_answered, grouped, run_group, text_seed
 from outrider.evaluate.records import Record
 from outrider.evaluate.scoring.quality import with_quality
 from outrider.evaluate.statistics.sequential import Bounds, bounds
@@ -323,5 +323,6 @@ def run_experiment(
         progress(state)
         if stop_early and state.decided:
             break
+    check_answered(list(known.values()))
     store.finish(run, asdict(state))
     return state

@@ -21,7 +21,7 @@ import numpy as np
 from outrider.build import Engine, companion
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError
-from outrider.evaluate.measure import Arm, run_group
+from outrider.evaluate.measure import Arm, check_answered, run_group
 from outrider.evaluate.planning.vllm_draft import drafter_config
 from outrider.evaluate.records import Record
 from outrider.evaluate.scoring import score as ev
@@ -151,6 +151,8 @@ def time_steps(
         record = run_group(arms[key], *_group(texts, params, key[2], group, stream), (group // key[2], 0, 0))
         getattr(out[key], kind).append(record)
         progress((done + 1) / len(work))
+    for timing in out.values():
+        check_answered(timing.planned)
     return out
 
 

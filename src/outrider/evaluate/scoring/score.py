@@ -197,7 +197,10 @@ def logits_along(model: Target, tokens: Sequence[int], first: int, clock: Clock)
     for start in range(first, len(tokens) - 1, CHUNK):
         piece = list(tokens[start : min(start + CHUNK, len(tokens) - 1)])
         rows = chain_rows(model, piece, start)
-        yield clock.time(model.device, lambda rows=rows: model.forward(rows, kv).logits)[0]
+        found = clock.time(model.device, lambda rows=rows: model.forward(rows, kv).logits)[0]
+        if bool(found.isnan().any()):
+            raise ConfigError("a model returned logits that are no numbers (NaN): check its checkpoint and the dtype")
+        yield found
         kv.commit(rows, [list(range(len(piece) - 1))])
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from outrider.build import build_engine
-from outrider.conversations import as_read
+from outrider.conversations import rendered_text
 from outrider.engine.prompt_scores import PromptScores, prompt_scores
 from outrider.errors import ConfigError, RequestError
 from outrider.models.tokenizer import PlainTokenizer, whole_tokenizer
@@ -83,9 +83,9 @@ class OutriderLM(TemplateLM):
         return bare if begun else list(self.tokenizer.encode(string))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            as_read(self.tokenizer, chat_history),
-            tokenize=False,
+        return rendered_text(
+            self.tokenizer,
+            chat_history,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )

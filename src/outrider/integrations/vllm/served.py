@@ -62,6 +62,6 @@ class Server:
         old = before["tap"]["engine_seeded"] if before and before["tap"] else dict.fromkeys(tap["engine_seeded"], 0.0)
         new = {name: value - old[name] for name, value in tap["engine_seeded"].items()}
         # evidence is a product of factors of sums, so several steps at once count as one
-        self.metrics.residuals.add(
-            Counts(judged=int(new["judged"]), rejected=int(new["rejected"]), risk=new["risk"], spread=new["spread"])
-        )
+        more = Counts(judged=int(new["judged"]), rejected=int(new["rejected"]), risk=new["risk"], spread=new["spread"])
+        self.metrics.residuals.add(more)
+        self.metrics.evidence.merge(more)

@@ -11,6 +11,7 @@ A reader makes flat sums of a page, all of which only grow while a server lives:
     accepted_at/D, judged_at/D    by position in the draft, from 0
     ended/REASON, failed, overloaded, prompt    requests and tokens
     seconds/PHASE, cpu    seconds
+    evidence/NAME    judged, rejected, risk, spread of requests without a seed of their own: what an interval may be formed of
     first/LE, per_token/LE    observations of the bucket up to LE seconds
 """
 
@@ -78,7 +79,15 @@ def _model(page: Page, *names: str) -> str | None:
 
 # ------------------------------------------------------------------ Outrider's own, in our server and in others
 _S = "outrider_spec_decode_"
+EVIDENCE = {
+    "judged": "judged_tokens",
+    "rejected": "rejections",
+    "risk": "predicted_rejections",
+    "spread": "rejection_variance",
+}
+"""The sums of requests without a seed of their own, and their names behind `outrider_evidence_`."""
 OWN = (
+    *(f"outrider_evidence_{n}_total" for n in EVIDENCE.values()),
     *(
         f"{_S}{n}_total"
         for n in ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "rejections", "judged_tokens")
@@ -92,7 +101,7 @@ OWN = (
 )
 
 
-LEDGER = ("rejected", "judged", "risk", "spread", "bias", "judged_at", "accepted_at")
+LEDGER = ("evidence", "rejected", "judged", "risk", "spread", "bias", "judged_at", "accepted_at")
 """What our plug-in knows better than the engine that it is in."""
 
 
@@ -108,6 +117,7 @@ def own(page: Page) -> tuple[Sums, dict[str, float]]:
         spread=page.total(f"{_S}rejection_variance_total"),
         bias=page.total(f"{_S}bias_total"),
     )
+    sums |= _given(**{f"evidence/{k}": page.total(f"outrider_evidence_{n}_total") for k, n in EVIDENCE.items()})
     sums |= _indexed("judged_at", page.by(f"{_S}judged_tokens_total", "position"))
     sums |= _indexed("accepted_at", page.by(f"{_S}accepted_tokens_per_position_total", "position"))
     gauges = _given(

@@ -17,6 +17,7 @@ from outrider.integrations.watch.identity import Identity, ask, without_metrics
 from outrider.integrations.watch.page import MOST_BYTES, parse
 from outrider.integrations.watch.readers import Seen, Sums
 from outrider.integrations.watch.sums import Continued, Span
+from outrider.records import Counts
 from outrider.telemetry.alerts import WINDOW, Alerts, Notice
 from outrider.web import Fault, base_of, get
 
@@ -260,10 +261,17 @@ def _outlook(gauges: dict[str, float]) -> dict[str, Any] | None:
 def _ledger(whole: Span, gauges: dict[str, float]) -> dict[str, Any]:
     from outrider.telemetry.ledger import ledger
 
-    book = ledger(whole.counts())
+    told = whole.under("evidence")  # older servers of ours say their sums alone
+    book = ledger(evidence_of(told) if told else whole.counts())
     evidence = gauges.get("evidence")
     agrees = book.agrees if evidence is None else not doubted(gauges)
     return {k: v for k, v in asdict(book).items() if k != "judged"} | {"agrees": agrees, "log_evidence": evidence}
+
+
+def evidence_of(told: dict[str, float]) -> Counts:
+    """The sums of an interval, by their names."""
+    get = lambda name: told.get(name, 0.0)  # noqa: E731
+    return Counts(judged=round(get("judged")), rejected=round(get("rejected")), risk=get("risk"), spread=get("spread"))
 
 
 def _row(s: Sample) -> dict[str, Any]:
@@ -275,6 +283,7 @@ def _row(s: Sample) -> dict[str, Any]:
     names = ("emitted", "proposed", "accepted", "drafts", "steps", "risk", "spread", "bias", "cpu")
     return {name: span.get(name) for name in names} | {
         "t": s.t,
+        "evidence": span.under("evidence") or None,
         "sequence_steps": span.get("passes"),
         "rejected": rejected,
         "judged": judged if judged is not None or rejected is None else (span.get("accepted") or 0.0) + rejected,

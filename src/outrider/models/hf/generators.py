@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from outrider.conversations import as_read
+from outrider.conversations import rendered_text
 from outrider.errors import CapabilityError, ConfigError
 from outrider.files import read_json
 from outrider.models.config import CONFIG, CONFIG_BYTES
@@ -203,7 +203,7 @@ def _asked(tokenizer: Any, description: str) -> list[int]:
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": description}]
         try:
-            text = tokenizer.apply_chat_template(as_read(tokenizer, message), add_generation_prompt=True, tokenize=False)
+            text = rendered_text(tokenizer, message, add_generation_prompt=True)
         except Exception as error:  # templates are outside code
             raise CapabilityError(f"the model's chat template refuses a description ({brief(error)})") from None
         return list(tokenizer.encode(text, add_special_tokens=False))

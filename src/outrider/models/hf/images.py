@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from outrider.conversations import as_read
+from outrider.conversations import rendered_text
 from outrider.errors import CapabilityError, OutriderError, RequestError
 from outrider.models.hf.attention_interface import AttentionInterfacePath
 from outrider.models.hf.entry import Entry, entry_of
@@ -108,10 +108,9 @@ class HFImages:
             shown.append({**message, **({"content": bare} if parts else {})})
         own = getattr(self.processor, "chat_template", None)
         chosen = {"chat_template": own} if own else {}
-        given = {"tokenize": False, "add_generation_prompt": True, **chosen, **options}
+        given = {"add_generation_prompt": True, **chosen, **options}
         try:
-            tokenizer = self.processor.tokenizer
-            text = tokenizer.apply_chat_template(as_read(tokenizer, shown, **chosen), **given)
+            text = rendered_text(self.processor.tokenizer, shown, **given)
         except Exception as error:  # templates refuse orders of roles by raising, and are outside code
             raise RequestError(f"the model's chat template refuses these messages ({brief(error)})") from None
         return self.read(text, images)

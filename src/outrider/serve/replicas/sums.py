@@ -122,8 +122,7 @@ class Sums:
         for part in [self._now, *map(past, self.silent.values()), *(s["now"] for s in states)]:
             add(now, {k: v for k, v in part.items() if k not in NOT_SUMS})
         now |= {"t": clock} | {k: states[0]["now"][k] for k in ("length", "speedup")}
-        counts = Counts(**{k: now[k] for k in ("judged", "accepted", "rejected", "risk", "spread", "bias", "emitted")})
-        book = ledger(counts)
+        book = ledger(Counts(**now["evidence"]))
         told: dict[str, Any] = {}
         for part in [self._told, *(counted(life.state) for life in (*self.silent.values(), *self.live.values()))]:
             add(told, part)
