@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from outrider.cli import terminal
+from outrider.cli import tables, terminal
 from outrider.cli.engine_options import ENGINE, load_engine
 from outrider.cli.options import ChatTemplate, Json, Traffic
 from outrider.cli.sampling_options import SAMPLING
@@ -87,13 +87,13 @@ def print_document(d: dict[str, Any]) -> None:
     rates, drawn = d["tokens_per_second"], d["parent"]
     if drawn is None:
         out.print(
-            f"do not speculate with a tree: plain decoding gives {rates['plain']:.0f} tokens/s, and no tree is faster"
+            f"do not speculate with a tree: plain decoding gives {tables.rate(rates['plain'])} tokens/s, and no tree is faster"
         )
     else:
         out.print(f"--draft '{d['draft']}' --length {d['length']} --rule speculative_sampling", soft_wrap=True)
         out.print(
-            f"{len(drawn)} nodes, {d['tokens_per_step']:.2f} tokens per step: {rates['tree']:.0f} tokens/s expected; best chain "
-            f"(length {d['chain_length']}) {rates['chain']:.0f}, plain {rates['plain']:.0f}"
+            f"{len(drawn)} nodes, {d['tokens_per_step']:.2f} tokens per step: {tables.rate(rates['tree'])} tokens/s expected; best chain "
+            f"(length {d['chain_length']}) {tables.rate(rates['chain'])}, plain {tables.rate(rates['plain'])}"
         )
         for line in draw_tree(drawn):
             out.print("  " + line)
