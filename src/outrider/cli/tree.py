@@ -91,9 +91,10 @@ def print_document(d: dict[str, Any]) -> None:
         )
     else:
         out.print(f"--draft '{d['draft']}' --length {d['length']} --rule speculative_sampling", soft_wrap=True)
+        fast = {name: tables.rate(value) for name, value in rates.items()}
         out.print(
-            f"{len(drawn)} nodes, {d['tokens_per_step']:.2f} tokens per step: {tables.rate(rates['tree'])} tokens/s expected; best chain "
-            f"(length {d['chain_length']}) {tables.rate(rates['chain'])}, plain {tables.rate(rates['plain'])}"
+            f"{len(drawn)} nodes, {d['tokens_per_step']:.2f} tokens per step: {fast['tree']} tokens/s expected; best chain "
+            f"(length {d['chain_length']}) {fast['chain']}, plain {fast['plain']}"
         )
         for line in draw_tree(drawn):
             out.print("  " + line)
