@@ -129,3 +129,10 @@ def test_speeds_of_slow_machines_have_digits(
     slow = ("--target", "70b", "--hardware", "laptop-ddr5", "--bandwidth", "70", "--bytes", "0.6")
     assert run(monkeypatch, "speedup", *slow, "--length", "2") == 0
     assert "length 2: 3.89 tokens/s against 1.65 plain, speed-up 2.36" in capsys.readouterr().out
+
+
+def test_more_drafts_than_can_be_waited_for_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "chain", "--states", "300", "--horizon", "5", "--drafts", "100000") == 2
+    assert "at most 22222" in capsys.readouterr().err

@@ -26,6 +26,8 @@ theory_app = typer.Typer(
 
 MOST_ENTRIES = 250_000_000
 """Transition probabilities of one chain that `chain` computes with: 2 GB, and as many of the draft's."""
+MOST_WORK = 10_000_000_000
+"""Transition probabilities times drafts: some minutes."""
 
 
 @contextmanager
@@ -69,6 +71,8 @@ def chain(
             f"{states} states and {horizon} tokens need {16e-9 * states * states * horizon:.0f} GB for the two chains, and at "
             f"most {16e-9 * MOST_ENTRIES:.0f} are taken: at {states} states that is --horizon {MOST_ENTRIES // states**2}"
         )
+    if drafts > max(1, most := MOST_WORK // (states * states * horizon)):
+        raise ConfigError(f"--drafts {drafts} of {states} states and {horizon} tokens take hours: at most {max(1, most)}")
     with theory_errors():
         document = chain_document(states, horizon, seed, drafts, length)
     terminal.print_json(document) if json else print_chain(document)
