@@ -54,7 +54,8 @@ def test_chain_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    "options", [("--drafts", "0"), ("--states", "0"), ("--horizon", "-1"), ("--seed", "-1"), ("--length", "x")]
+    "options",
+    [("--drafts", "0"), ("--drafts", "1000000000000"), ("--states", "0"), ("--horizon", "-1"), ("--seed", "-1"), ("--length", "x")],
 )
 def test_wrong_options_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str, str]
@@ -103,3 +104,35 @@ def test_figures_need_a_folder_that_can_be_made(
     taken.write_text("", encoding="utf-8")
     assert run(monkeypatch, "figures", "--out", str(taken), "--runs", "200") == 2
     assert f"{taken} is a file: name a folder" in capsys.readouterr().err
+
+
+def test_chains_too_large_for_memory_are_refused_before_they_are_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "chain", "--states", "1000", "--horizon", "2000") == 2
+    assert "32 GB" in (said := capsys.readouterr().err) and "--horizon 250" in said
+
+
+def test_drafts_longer_than_the_text_cost_nothing_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = []
+    for length in ((), ("--length", "50"), ("--length", "100000000000000")):
+        assert run(monkeypatch, "chain", *length, "--json") == 0
+        counts.append(json.loads(capsys.readouterr().out) | {"length": None})
+    assert counts[1] == counts[2] == counts[0]
+
+
+def test_speeds_of_slow_machines_have_digits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = ("--target", "70b", "--hardware", "laptop-ddr5", "--bandwidth", "70", "--bytes", "0.6")
+    assert run(monkeypatch, "speedup", *slow, "--length", "2") == 0
+    assert "length 2: 3.89 tokens/s against 1.65 plain, speed-up 2.36" in capsys.readouterr().out
+
+
+def test_more_drafts_than_can_be_waited_for_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "chain", "--states", "300", "--horizon", "5", "--drafts", "100000") == 2
+    assert "at most 22222" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from outrider.cli.main import app
 from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.shapes import Static, accepted
 from outrider.errors import ConfigError
-from outrider.evaluate.planning.tree import Ranks, Times, advise, measure_ranks, written
+from outrider.evaluate.planning.tree import Ranks, Times, advise, by_rank, measure_ranks, written
 from outrider.params import SamplingParams
 
 
@@ -72,3 +72,20 @@ def test_the_command_prints_a_draft_that_runs():
         engine = build_engine(draft=document["draft"], length=document["length"], slots=1, max_length=64)
         engine.generate(["import "], [SamplingParams(max_tokens=8)])
         assert engine.counts.proposed > 0
+
+
+def test_ranks_that_were_pooled_share_one_error_and_none_is_without():
+    """Ranks 2 to 5 had 0, 0, 0 and 1 of five: each is given a quarter of that sum, and a quarter of its error."""
+    found = by_rank([2, 0, 0, 0, 1], seen=5)
+    assert found.acceptance == pytest.approx((0.4, 0.05, 0.05, 0.05, 0.05))
+    assert found.error[1:] == pytest.approx([(0.25 * 0.75 / 5) ** 0.5 / 4] * 4)
+    assert min(by_rank([0, 0], seen=3).error) > 0 and by_rank([3, 0], seen=3).error[0] > 0
+    many = by_rank([40000, 10000], seen=100000)
+    assert many.error == pytest.approx([(0.4 * 0.6 / 1e5) ** 0.5, (0.1 * 0.9 / 1e5) ** 0.5], rel=1e-3)
+
+
+@pytest.mark.parametrize("draft", ["ngram", "ngram:2-4", "none", "suffix"])
+def test_a_tree_of_a_drafter_without_distributions_is_refused_by_its_name(draft: str):
+    result = CliRunner().invoke(app, ["tree", "--draft", draft])
+    assert isinstance(result.exception, ConfigError)
+    assert repr(draft) in str(result.exception) and "tree:" not in str(result.exception)

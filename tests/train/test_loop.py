@@ -14,6 +14,7 @@ from outrider.errors import ConfigError
 from outrider.train import losses, metrics
 from outrider.train.checkpoint import CheckpointError, checkpoints, load_latest, save_checkpoint, verify
 from outrider.train.data import Batches
+from outrider.train.features import DataSpec
 from outrider.train.loop import DivergedError, LoopConfig, learning_rate, train
 
 CONFIG = LoopConfig(steps=12, lr=1e-2, warmup=2, save_every_s=0.0, log_every=5)
@@ -202,3 +203,19 @@ def test_schedule_starts_small_peaks_and_ends_at_the_ratio():
     assert max(rates) == rates[9] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [
+    ("steps", 0, "steps of training are 1 or more, got 0"),
+    ("lr", math.nan, "learning rate must be above 0 and finite, got nan"),
+    ("lr", -1.0, "learning rate must be above 0 and finite, got -1"),
+    ("final_lr_ratio", 2.0, "final_lr_ratio must be from 0 to 1, got 2"),
+])  # fmt: skip
+def test_a_setting_that_cannot_be_is_named(field: str, value: float, said: str):
+    with pytest.raises(ConfigError, match=said):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_a_row_shorter_than_its_beginning_is_refused_in_words():
+    with pytest.raises(ConfigError, match="^a row of 16 tokens cannot begin with 64 of the text: with 1 to 16$"):
+        DataSpec(rows=8, prompt=64, length=16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
+from outrider.cli import tables
 from outrider.records import Counts, StepRecord
 
 
@@ -39,7 +40,7 @@ def sentence(counts: Counts, seconds: float, first: float | None, *, lossless: b
 
     if not counts.emitted or first is None:
         return f"no token came in {seconds:.2f} s"
-    parts = [f"{counts.emitted} tokens, {counts.emitted / max(seconds, 1e-9):.0f} tokens/s"]
+    parts = [f"{counts.emitted} tokens, {tables.rate(counts.emitted / max(seconds, 1e-9))} tokens/s"]
     if counts.judged:
         book = ledger(counts)
         parts.append(f"acceptance length {acceptance_length(counts):.2f}")

@@ -155,7 +155,7 @@ def print_speed(speed: dict[str, Any]) -> None:
         say(f"no speed is told: {speed['unknown']}")
         return
     rows = ", ".join(f"{n}: {v:.2f}" for n, v in speed["rows"].items() if n != "1")
-    say(f"about {speed['plain']:.0f} tokens/s plain; time of more rows over that of one: {rows}")
+    say(f"about {tables.rate(speed['plain'])} tokens/s plain; time of more rows over that of one: {rows}")
     if speed["disturbed"]:
         say(
             "others used the processor meanwhile: several rows took less time than one. Run it again when they are done"
@@ -166,7 +166,7 @@ def print_speed(speed: dict[str, Any]) -> None:
         touched = ", ".join(f"{n}: {t:.1f}" for n, t in speed["experts"].items())
         say(f"experts of a layer that rows of random tokens touch, by rows: {touched}; those of a text touch fewer")
     if speed["with_draft"]:
-        each = ", ".join(f"{d['acceptance']:g}: {d['tokens']:.0f} ({d['length']})" for d in speed["with_draft"])
+        each = ", ".join(f"{d['acceptance']:g}: {tables.rate(d['tokens'])} ({d['length']})" for d in speed["with_draft"])
         say(f"with this draft, tokens/s by acceptance (tokens drafted a step): {each}")
 
 

@@ -102,6 +102,8 @@ def print_fleet(d: dict[str, Any]) -> None:
             number = (
                 "no number of replicas up to 1000 gives"
                 if arm["fewest"] is None
+                else "1 replica gives"
+                if arm["fewest"]["replicas"] == 1
                 else f"{arm['fewest']['replicas']} replicas give"
             )
             out.print(f"[bold]{name}: {number} {what}[/bold]")

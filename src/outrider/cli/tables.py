@@ -15,6 +15,11 @@ CELL, GAP = 3, 2
 """Columns that a cell of a framed table takes besides its text, and spaces between the columns of a plain one."""
 
 
+def rate(value: float) -> str:
+    """Tokens a second: whole numbers from 100 on, else three digits, so that slow machines' can be divided by each other."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.3g}"
+
+
 def show(table: Table, to: RichConsole | None = None) -> None:
     """Print a table: framed where every word of it fits the terminal, else one block of lines a row; plain into a pipe."""
     out = console() if to is None else to

@@ -24,6 +24,11 @@ theory_app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+MOST_ENTRIES = 250_000_000
+"""Transition probabilities of one chain that `chain` computes with: 2 GB, and as many of the draft's."""
+MOST_WORK = 10_000_000_000
+"""Transition probabilities times drafts: some minutes."""
+
 
 @contextmanager
 def theory_errors() -> Iterator[None]:
@@ -42,7 +47,7 @@ def chain(
     states: Annotated[int, typer.Option("--states", min=1, max=1000, help="Size of the vocabulary.")] = 7,
     horizon: Annotated[int, typer.Option("--horizon", min=1, max=2000, help="Tokens of one output.")] = 50,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the instance.")] = 10,
-    drafts: Annotated[int, typer.Option("--drafts", min=1, help="Drafts scored by one call.")] = 1,
+    drafts: Annotated[int, typer.Option("--drafts", min=1, max=100_000, help="Drafts scored by one call.")] = 1,
     length: Annotated[
         int | None,
         typer.Option(
@@ -61,6 +66,13 @@ def chain(
 
     Example: outrider theory chain --states 7 --horizon 50 --length 4
     """
+    if states * states * horizon > MOST_ENTRIES:
+        raise ConfigError(
+            f"{states} states and {horizon} tokens need {16e-9 * states * states * horizon:.0f} GB for the two chains, and at "
+            f"most {16e-9 * MOST_ENTRIES:.0f} are taken: at {states} states that is --horizon {MOST_ENTRIES // states**2}"
+        )
+    if drafts > max(1, most := MOST_WORK // (states * states * horizon)):
+        raise ConfigError(f"--drafts {drafts} of {states} states and {horizon} tokens take hours: at most {max(1, most)}")
     with theory_errors():
         document = chain_document(states, horizon, seed, drafts, length)
     terminal.print_json(document) if json else print_chain(document)
@@ -118,7 +130,7 @@ def print_chain(d: dict[str, Any]) -> None:
         (
             "lower bound",
             f"{d['lower_bound']:.4f}",
-            "rejections of any rule of the paper's family, one draft (Theorem 2)",
+            "rejections of any rule of the paper's family, one draft to the horizon (Theorem 2)",
         ),
         ("limit", f"{d['limit']:.4f}", "rejections with ever more drafts, to the horizon (Proposition 1)"),
     ]
@@ -142,7 +154,8 @@ def figures(
         typer.Option("--out", callback=paths.out_folder, help="Folder for the pictures and index.md; made if missing."),
     ],
     runs: Annotated[
-        int, typer.Option("--runs", min=200, help="Simulated outputs per curve; the paper has 20000.")
+        int,
+        typer.Option("--runs", min=200, max=1_000_000, help="Simulated outputs per curve; the paper has 20000."),
     ] = 20000,
     quick: Annotated[bool, typer.Option("--quick", help="1000 simulated outputs per curve.")] = False,
     json: Json = False,

@@ -221,11 +221,11 @@ def print_speedup(d: dict[str, Any]) -> None:
     chosen, plain = d["chosen"], d["plain"]
     if chosen["length"]:
         out.print(
-            f"length {chosen['length']}: {chosen['tokens_per_second']:.0f} tokens/s against {plain['tokens_per_second']:.0f} "
-            f"plain, speed-up {chosen['speedup']:.2f}"
+            f"length {chosen['length']}: {tables.rate(chosen['tokens_per_second'])} tokens/s against "
+            f"{tables.rate(plain['tokens_per_second'])} plain, speed-up {chosen['speedup']:.2f}"
         )
     else:
-        out.print(f"do not speculate: plain decoding's {plain['tokens_per_second']:.0f} tokens/s are the most")
+        out.print(f"do not speculate: plain decoding's {tables.rate(plain['tokens_per_second'])} tokens/s are the most")
     out.print(
         f"bottlenecks: plain {d['plain_bottleneck']}, drafting {d['draft_bottleneck']}, verification {d['verify_bottleneck']}"
     )
@@ -258,7 +258,7 @@ def rows_table(d: dict[str, Any]) -> Table:
             *([f"{row['read_again']:.2f}"] if again else []),
             f"{1000 * row['draft_seconds']:.2f}",
             f"{1000 * row['verify_seconds']:.2f}",
-            f"{row['tokens_per_second']:.0f}",
+            tables.rate(row['tokens_per_second']),
             f"{row['speedup']:.2f}",
             style="bold green" if row["length"] == d["best"]["length"] else "",
         )

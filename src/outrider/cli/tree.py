@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from outrider.cli import terminal
+from outrider.cli import tables, terminal
 from outrider.cli.engine_options import ENGINE, load_engine
 from outrider.cli.options import ChatTemplate, Json, Traffic
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError
 from outrider.evaluate.workloads import told
-from outrider.options import EngineOptions
+from outrider.options import WITHOUT_MODEL, EngineOptions
 
 
 @takes(
@@ -42,6 +43,10 @@ def tree(
     """
     from outrider.evaluate.workloads import load_rows, ready
 
+    if options.draft.partition(":")[0] in (*WITHOUT_MODEL, "none") and not Path(options.draft).exists():
+        raise ConfigError(
+            f"a tree is drawn from a draft model's distributions, and {options.draft!r} has none: give a folder or a Hub name"
+        )
     rows = load_rows(prompts, count)
     from outrider.build import companion
     from outrider.evaluate.planning import tree as tr
@@ -87,19 +92,20 @@ def print_document(d: dict[str, Any]) -> None:
     rates, drawn = d["tokens_per_second"], d["parent"]
     if drawn is None:
         out.print(
-            f"do not speculate with a tree: plain decoding gives {rates['plain']:.0f} tokens/s, and no tree is faster"
+            f"do not speculate with a tree: plain decoding gives {tables.rate(rates['plain'])} tokens/s, and no tree is faster"
         )
     else:
         out.print(f"--draft '{d['draft']}' --length {d['length']} --rule speculative_sampling", soft_wrap=True)
+        fast = {name: tables.rate(value) for name, value in rates.items()}
         out.print(
-            f"{len(drawn)} nodes, {d['tokens_per_step']:.2f} tokens per step: {rates['tree']:.0f} tokens/s expected; best chain "
-            f"(length {d['chain_length']}) {rates['chain']:.0f}, plain {rates['plain']:.0f}"
+            f"{len(drawn)} nodes, {d['tokens_per_step']:.2f} tokens per step: {fast['tree']} tokens/s expected; best chain "
+            f"(length {d['chain_length']}) {fast['chain']}, plain {fast['plain']}"
         )
         for line in draw_tree(drawn):
             out.print("  " + line)
     out.print(f"prompts: {told(d['data'])}")
     by_rank = ", ".join(f"{a:.3f} ± {e:.3f}" for a, e in zip(d["acceptance_by_rank"], d["standard_error"], strict=True))
-    out.print(f"acceptance by rank ({d['node_sets']} node sets): {by_rank}")
+    out.print(f"acceptance by rank (± a standard error; {d['node_sets']} node sets): {by_rank}")
     steps = ", ".join(f"{n}: {1e3 * s:.2f}" for n, s in d["step_seconds"].items())
     out.print(f"milliseconds of a step by nodes: {steps}; of a level of drafting {1e3 * d['level_seconds']:.2f}")
 

@@ -78,7 +78,9 @@ def refused(p: Array, q: Array, drafts: int | float) -> Array:
         return np.where(q == 0.0, p, 0.0)
     g = np.maximum(p - q, 0.0)
     for _ in range(int(drafts) - 1):
-        g = np.maximum(g - g.sum(axis=-1, keepdims=True) * q, 0.0)
+        before, g = g, np.maximum(g - g.sum(axis=-1, keepdims=True) * q, 0.0)
+        if np.array_equal(g, before):  # further drafts change nothing
+            break
     return g
 
 

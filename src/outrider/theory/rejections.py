@@ -276,7 +276,9 @@ def _steps(
     behave alike and are one state. The counters act on the rows when a token is rejected and when a call begins.
     """
     drafts = batch.check_drafts(drafts)
-    state = np.zeros((2 if length is None else positive_int("length", length, low=0) + 1, rows, chain.states))
+    if length is not None and positive_int("length", length, low=0) >= chain.horizon:
+        length = None  # every draft is cut at the horizon: the same
+    state = np.zeros((2 if length is None else length + 1, rows, chain.states))
     state[0, 0] = chain.start
     for part in chain.chunks():
         p, q = chain.target[part], chain.draft[part]

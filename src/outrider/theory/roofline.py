@@ -82,7 +82,7 @@ class Setting:
             positive_int("draft_context", self.draft_context, low=0)
         number("overhead", self.overhead, 0.0)
         if number("element", self.element) <= 0:
-            raise ValueError(f"element must be positive, got {self.element:g}")
+            raise ValueError(f"bytes of a weight must be positive, got {self.element:g}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,8 +53,12 @@ class DataSpec:
     def __post_init__(self) -> None:
         if not self.temperatures:
             raise ConfigError("name the temperature at which the target writes")
-        if self.rows < 1 or not 1 <= self.prompt <= self.length:
-            raise ConfigError(f"rows >= 1 and 1 <= prompt <= length are needed, got {self}")
+        if self.rows < 1:
+            raise ConfigError(f"rows of training text are 1 or more, got {self.rows}")
+        if not 1 <= self.prompt <= self.length:
+            raise ConfigError(
+                f"a row of {self.length} tokens cannot begin with {self.prompt} of the text: with 1 to {self.length}"
+            )
 
     def bytes(self, layers: int, hidden: int, vocab_size: int) -> int:
         """Bytes on disk of tokens and hidden states of so many layers."""

@@ -59,8 +59,12 @@ class LoopConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.lr < math.inf or not 0 <= self.final_lr_ratio <= 1:
-            raise ConfigError("steps >= 1, lr > 0 and 0 <= final_lr_ratio <= 1 are needed")
+        if self.steps < 1:
+            raise ConfigError(f"steps of training are 1 or more, got {self.steps}")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"the learning rate must be above 0 and finite, got {self.lr:g}")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise ConfigError(f"final_lr_ratio must be from 0 to 1, got {self.final_lr_ratio:g}")
         if not 0 <= self.save_every_s < math.inf:
             raise ConfigError(f"seconds between checkpoints are 0 or more, got {self.save_every_s:g}")
 

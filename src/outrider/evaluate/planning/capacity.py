@@ -148,7 +148,7 @@ def plan_fleet(
     for name, replica in arms.items():
 
         def run(n: int, replica: Replica = replica, name: str = name) -> Outcome:
-            progress(f"{name}: {n} replicas")
+            progress(f"{name}: {n} replica{'s' * (n > 1)}")
             return simulate(traffic, replica, n, queue=queue, failures=failures, seed=seed)
 
         mine: dict[str, Any] = {"lengths": [int(x) for x in replica.lengths]}
