@@ -4,8 +4,8 @@
     python benchmarks/neighbours.py table runs/neighbours/*.json
 
 `run` starts one process per arm and measures them in turn, in random order, beside 0, 1 and 2 neighbours that it starts and
-stops itself. Arms of ours: what a user gets, and one thread; of an earlier commit's checkout: one thread and all threads, bound
-to cores (what a user got) and not. A sample is taken again, and in the end left out, if others computed meanwhile. Every call
+stops itself. Arms of ours: what a user gets, and one thread; of an earlier commit's checkout: one thread and all threads, as its
+default binds them to cores or not (commits up to 8a5c082 bind) and free. A sample is taken again, and in the end left out, if others computed meanwhile. Every call
 adds its rounds to the pair's file.
 """
 
@@ -250,6 +250,7 @@ def _ratios(by_count: Mapping[str, Speeds], kind: str) -> list[list[str]]:
     compared = {
         "ours / one thread": ("ours, one",),
         "ours / the better of one and all threads before": ("before,",),
+        "ours / all threads before": ("before, all threads,",),
         "ours / all threads bound before": ("before, all threads bound",),
         "ours / the better of transformers": ("transformers",),
         "ours / the better of llama.cpp": ("llama.cpp",),
