@@ -4,9 +4,9 @@
     python benchmarks/neighbours.py table runs/neighbours/*.json
 
 `run` starts one process per arm and measures them in turn, in random order, beside 0, 1 and 2 neighbours that it starts and
-stops itself. Arms of ours: what a user gets, and one thread; of an earlier commit's checkout: one thread and all threads, as its
-default binds them to cores or not (commits up to 8a5c082 bind) and free. A sample is taken again, and in the end left out, if others computed meanwhile. Every call
-adds its rounds to the pair's file.
+stops itself. Arms of ours: what a user gets, and one thread; of an earlier commit's checkout: one thread and all threads, bound
+to cores (if that was its default) and not. A sample is taken again, and in the end left out, if others computed meanwhile. Every
+call adds its rounds to the pair's file.
 """
 
 from __future__ import annotations
