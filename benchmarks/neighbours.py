@@ -5,8 +5,8 @@
 
 `run` starts one process per arm and measures them in turn, in random order, beside 0, 1 and 2 neighbours that it starts and
 stops itself. Arms of ours: what a user gets, and one thread; of an earlier commit's checkout: one thread and all threads, bound
-to cores (what a user got) and not. A sample is taken again, and in the end left out, if others computed meanwhile. Every call
-adds its rounds to the pair's file.
+to cores (if that was its default) and not. A sample is taken again, and in the end left out, if others computed meanwhile. Every
+call adds its rounds to the pair's file.
 """
 
 from __future__ import annotations
@@ -250,6 +250,7 @@ def _ratios(by_count: Mapping[str, Speeds], kind: str) -> list[list[str]]:
     compared = {
         "ours / one thread": ("ours, one",),
         "ours / the better of one and all threads before": ("before,",),
+        "ours / all threads before": ("before, all threads,",),
         "ours / all threads bound before": ("before, all threads bound",),
         "ours / the better of transformers": ("transformers",),
         "ours / the better of llama.cpp": ("llama.cpp",),

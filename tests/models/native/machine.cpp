@@ -1,9 +1,11 @@
 // A simulated machine of two cores, and a decoder on one or two of its threads beside neighbours that never sleep.
 //
-//     machine THREADS NEIGHBOURS TOKENS SEED     (THREADS 0: as Choice chooses; -1: as it chooses without counts)
+//     machine THREADS NEIGHBOURS TOKENS SEED LEVELS PAUSE
 //
-// prints the seconds that texts of TOKENS took in all, each after a pause, beside others of NEIGHBOURS each time: a digit for each way
-// (0, 1, 2: so many in a group of their own; 3: two, each in a group of its own; 4: one in the decoder's group; 5: two there).
+// prints the seconds that texts of TOKENS took in all, each after a rest of PAUSE seconds, beside others of NEIGHBOURS each time: a
+// digit for each way (0, 1, 2: so many in a group of their own; 3: two, each in a group of its own; 4: one in the decoder's group; 5:
+// two there). THREADS: 1 or 2; 0: as Choice chooses; -1: as it chooses without counts; -2: as it chooses for the target and the
+// draft model separately. LEVELS: forwards of a draft model before each of the target's; 0: plain decoding.
 //
 // The scheduler is what matters here of Linux': a core goes to the group that has had least for its weight, and within it to the thread
 // that has; a tick of 4 ms ends a slice; a group's weight is split over the cores it runs on; an idle core takes a waiting thread, and
@@ -24,8 +26,15 @@ using namespace outrider;
 
 constexpr double STEP = 5e-6, SLICE = 1.4e-3, SPIN = 6e-3, SPREAD = 0.046;  // seconds
 constexpr int TICK = 800, LEVEL = 3200, GROUPS = 4;                       // steps
-constexpr double HOST = 0.35e-3, WORK = 2.4e-3, BOTH = 1.7;                 // of a token: alone, on one thread; what two are faster
-constexpr int PHASES = 40;
+constexpr double HOST = 0.35e-3, BOTH = 1.7;        // of a step: alone; what two threads are faster than one
+constexpr double STEP_TOKENS = 2.5;                 // with drafts
+
+// Of a forward: seconds on one thread, phases.
+struct Work {
+    double seconds;
+    int phases;
+};
+constexpr Work PLAIN{2.4e-3, 40}, TARGET{3.2e-3, 40}, DRAFT{0.17e-3, 13};
 
 struct Thread {
     int group = 0, core = 0;
@@ -166,14 +175,28 @@ class Machine {
     long steps_ = 0;
 };
 
+// A target or a draft model: its times, and how long its threads were away.
+struct Crew {
+    Times times;
+    Mean away[2];
+    uint64_t changes = 0;
+    Choice* choice = nullptr;
+};
+
 // Thread 0 of the machine does everything; thread 1 helps, and spins for a while after each forward.
 class Decoding {
    public:
-    Decoding(Machine& machine, int threads) : m_(machine), threads_(threads) {}
+    Decoding(Machine& machine, int threads, int levels) : m_(machine), threads_(threads), levels_(levels) {
+        target_.choice = &choice_[0], draft_.choice = &choice_[threads == -2];
+    }
 
     double text(int tokens) {
         const double start = m_.now;
-        for (int i = 0; i < tokens; ++i) alone(HOST), forward();
+        for (double done = 0.0; done < tokens; done += levels_ > 0 ? STEP_TOKENS : 1.0) {
+            alone(HOST);
+            for (int i = 0; i < levels_; ++i) forward(draft_, DRAFT);
+            forward(target_, levels_ > 0 ? TARGET : PLAIN);
+        }
         return m_.now - start;
     }
 
@@ -186,27 +209,30 @@ class Decoding {
             if (m_.thread[1].runnable && m_.now > ended_ + SPIN) m_.sleep(1);
     }
 
-    void forward() {
-        const int threads = threads_ > 0 ? threads_ : choice_.begin(2, 1);
+    void forward(Crew& crew, const Work& work) {
+        Choice& choice = *crew.choice;
+        if (crew.changes != choice.changes()) crew.changes = choice.changes(), crew.away[0] = crew.away[1] = Mean();
+        Forward f = choice.begin(1, crew.times);
+        if (threads_ > 0) f.threads = threads_;
         const double start = m_.now, had[] = {m_.thread[0].had, m_.thread[1].had};
-        if (threads == 1)
-            alone(WORK);
+        if (f.threads == 1)
+            alone(work.seconds);
         else
-            together();
-        if (threads_ <= 0) judge(threads, m_.now - start, had);
+            together(work);
+        if (threads_ <= 0) judge(crew, f, m_.now - start, had);
     }
 
-    void together() {
+    void together(const Work& work) {
         ended_ = 1e300, m_.wake(1);
-        for (int p = 0; p < PHASES; ++p) phase();
+        for (int p = 0; p < work.phases; ++p) phase(work.seconds / work.phases);
         while (!m_.runs(1)) m_.advance();
         while (!m_.runs(0)) m_.advance();
         ended_ = m_.now;
     }
 
     // A thread that loses its core has a unit; the other does the rest of the phase and waits for it.
-    void phase() {
-        double left = WORK / PHASES, waited = 0.0;
+    void phase(double left) {
+        double waited = 0.0;
         std::array<bool, 2> holds{};
         for (;;) {
             const bool on[] = {m_.runs(0), m_.runs(1)};
@@ -221,22 +247,25 @@ class Decoding {
         }
     }
 
-    void judge(int threads, double spent, const double (&had)[2]) {
+    void judge(Crew& crew, const Forward& f, double spent, const double (&had)[2]) {
         bool waited = false;
-        for (int i = 0; i < threads; ++i) {
+        for (int i = 0; i < f.threads && f.threads > 1; ++i) {
             const double absent = spent - (m_.thread[i].had - had[i]), part = absent > 3e-4 ? absent / spent : 0.0;
-            away_[i].add(std::min(part, 1.0), spent, Choice::MEMORY / 3), waited |= part > 0.0;
+            crew.away[i].add(std::min(part, 1.0), spent, Choice::MEMORY / 3), waited |= part > 0.0;
         }
-        if (threads_ == 0 && choice_.asks(waited, m_.now)) choice_.count(room_beside(m_.runnable(), threads, 2, 2), m_.now);
-        const auto crowded = [this](int n, double part) { return (int)std::count_if(away_, away_ + n, [=](const Mean& m) { return m.value > part; }); };
-        if (choice_.end(spent, m_.now, crowded)) away_[0] = away_[1] = Mean();
+        if (f.threads > 1) team_ = m_.now;
+        const bool largest = f.threads > 1 || m_.now - team_ > 0.02, counts = threads_ != -1 && largest;
+        if (counts && crew.choice->asks(waited, m_.now)) crew.choice->count(room_beside(m_.runnable(), f.threads, 2, 2), m_.now);
+        const auto crowded = [&](int n, double part) { return (int)std::count_if(crew.away, crew.away + n, [=](const Mean& m) { return m.value > part; }); };
+        crew.choice->end(f, crew.times, spent, m_.now, crowded);
     }
 
     Machine& m_;
-    const int threads_;
+    const int threads_, levels_;
     double ended_ = 0.0;  // the last forward: thread 1 spins since
-    Choice choice_;
-    Mean away_[2];
+    double team_ = -1.0;  // the last forward on two threads
+    Choice choice_[2] = {Choice(2), Choice(2)};
+    Crew target_, draft_;
 };
 
 }  // namespace
@@ -245,14 +274,15 @@ int main(int, char** arguments) {
     static const std::vector<int> WAYS[] = {{}, {1}, {1, 1}, {1, 2}, {0}, {0, 0}};
     const int way = std::atoi(arguments[2]), tokens = std::atoi(arguments[3]);
     std::mt19937 dice((unsigned)std::atoi(arguments[4]));
+    const unsigned rest = (unsigned)(std::atof(arguments[6]) / STEP);
     Machine machine;
-    Decoding decoding(machine, std::atoi(arguments[1]));
+    Decoding decoding(machine, std::atoi(arguments[1]), std::atoi(arguments[5]));
     double seconds = 0.0;
     for (int i = 0; i < 6; ++i)
         for (const bool counts : {false, true}) {
             machine.neighbours(WAYS[counts ? way : (int)(dice() % 6)]);
             decoding.stop();
-            for (unsigned pause = 60000 + dice() % 4000; pause > 0; --pause) machine.advance();
+            for (unsigned pause = rest + dice() % 4000; pause > 0; --pause) machine.advance();
             decoding.go_on();
             decoding.text(16);
             seconds += counts ? decoding.text(tokens) : 0.0 * decoding.text(tokens);

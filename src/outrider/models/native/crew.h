@@ -2,13 +2,14 @@
 //
 // Other processes may want the same cores. A thread that has lost its core in the middle of a unit is waited for until the
 // scheduler brings it back, for milliseconds, so fewer threads may be faster. A crew notices how long each thread was without a
-// core, counts how many cores others leave, and Choice chooses by both. Only speed depends on what is chosen here, never a bit of
-// a result.
+// core and counts how many cores others leave, and a Choice, which all crews of the process share, chooses by both. Only speed
+// depends on what is chosen here, never a bit of a result.
 #pragma once
 
 #include <time.h>
 
 #include <chrono>
+#include <mutex>
 #include <new>
 
 #include "choice.h"
@@ -26,7 +27,7 @@ inline double seconds_on_core() {
     return clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t) == 0 ? (double)t.tv_sec + 1e-9 * (double)t.tv_nsec : 0.0;
 }
 
-// What the crews of a process tell each other.
+// What the crews of a process share: choices, and who ran last.
 class Crews {
    public:
     static Crews& all() {
@@ -34,26 +35,30 @@ class Crews {
         return crews;
     }
 
+    // The choice for forwards on `most` threads at most. A process has few such numbers: further ones take turns.
+    Choice& of(int most) {
+        for (int i = 0; i < KINDS; ++i)
+            if (most_[i] == most) return choice_[i];
+        const int i = next_++ % KINDS;
+        most_[i] = most;
+        return choice_[i] = Choice(most);
+    }
+
     // A crew's threads have ended a forward. Their runtime lets them spin for some milliseconds: they are runnable for that long.
     void ran(int threads, double now) {
-        if (threads == 1 || !largest(threads, now)) return;
-        team_.store(threads, std::memory_order_relaxed), ran_.store(now, std::memory_order_relaxed);
+        if (threads > 1 && largest(threads, now)) team_ = threads, ran_ = now;
     }
-    bool largest(int threads, double now) const {
-        return threads >= team_.load(std::memory_order_relaxed) || now - ran_.load(std::memory_order_relaxed) > REST;
-    }
+    bool largest(int threads, double now) const { return threads >= team_ || now - ran_ > REST; }
 
-    // The count left so many cores. Neighbours of one crew are neighbours of all.
-    void fall(int left, double now) {
-        left_.store(left, std::memory_order_relaxed), fell_.store(now, std::memory_order_release);
-    }
-    double fell() const { return fell_.load(std::memory_order_acquire); }
-    int left() const { return left_.load(std::memory_order_relaxed); }
+    std::mutex turn;  // for whoever calls any of these, or a choice
 
    private:
+    static constexpr int KINDS = 4;
     static constexpr double REST = 0.02;  // seconds
-    std::atomic<int> team_{1}, left_{0};
-    std::atomic<double> ran_{0.0}, fell_{0.0};
+    int most_[KINDS] = {}, team_ = 1;
+    unsigned next_ = 0;
+    double ran_ = 0.0;
+    Choice choice_[KINDS];
 };
 
 class Crew {
@@ -82,13 +87,18 @@ class Crew {
     // Threads for a forward of `rows` rows, `most` at most; 0 when there is no memory. To be followed by `end`.
     int begin(int most, int64_t rows) {
         if (most > room_ && !grow(most)) return 0;
-        start_ = seconds_now();
-        const double fell = Crews::all().fell();
-        if (fell > told_ && choice_.fall(Crews::all().left(), start_)) forget();
-        told_ = fell, most_ = most, running_ = choice_.begin(most, rows);
-        watched_ = running_ > 1 && (choice_.usual() == 0.0 || choice_.usual() > SHORT || ++skipped_ >= SKIPS);
+        start_ = seconds_now(), most_ = most;
+        {
+            Crews& crews = Crews::all();
+            const std::lock_guard<std::mutex> turn(crews.turn);
+            Choice& choice = crews.of(most);
+            if (choice.changes() != changes_) forget(choice.changes());
+            forward_ = choice.begin(rows, times_);
+        }
+        const double usual = times_.usual[forward_.bucket].value;
+        watched_ = forward_.threads > 1 && (usual == 0.0 || usual > SHORT || ++skipped_ >= SKIPS);
         if (watched_) skipped_ = 0;
-        return running_;
+        return forward_.threads;
     }
 
     // Around each thread's work in the forward.
@@ -111,17 +121,20 @@ class Crew {
 
     void end() {
         const double now = seconds_now(), spent = now - start_;
+        const int threads = forward_.threads;
         bool waited = false;
-        for (int i = 0; watched_ && i < running_; ++i) waited |= member_[i].note(spent);
+        for (int i = 0; watched_ && i < threads; ++i) waited |= member_[i].note(spent);
         Crews& crews = Crews::all();
-        crews.ran(running_, now);
-        if (choice_.asks(waited, now) && crews.largest(running_, now)) choice_.count(room_now(running_, most_), now);
-        if (!choice_.end(spent, now, [this](int threads, double part) { return crowded(threads, part); })) return;
-        if (choice_.fell()) crews.fall(choice_.size(), now);
-        forget();
+        const std::lock_guard<std::mutex> turn(crews.turn);
+        Choice& choice = crews.of(most_);
+        crews.ran(threads, now);
+        if (choice.asks(waited, now) && crews.largest(threads, now)) choice.count(room_now(threads, most_), now);
+        choice.end(forward_, times_, spent, now, [this](int n, double part) { return crowded(n, part); });
     }
 
-    void forget() {
+    // Who was crowded out by others may not be on other numbers of threads.
+    void forget(uint64_t changes) {
+        changes_ = changes;
         for (int i = 0; i < room_; ++i) member_[i].away = Mean();
     }
 
@@ -173,7 +186,7 @@ class Crew {
         cpu_set_t allowed, left, one;
         if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
         left = allowed;
-        for (int i = 0; i < running_; ++i) {
+        for (int i = 0; i < forward_.threads; ++i) {
             const int cpu = member_[i].cpu.load(std::memory_order_relaxed);
             if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_CLR(cpu, &left);
         }
@@ -188,10 +201,12 @@ class Crew {
     }
 #endif
 
-    int room_ = 0, most_ = 0, running_ = 0, skipped_ = 0;
+    int room_ = 0, most_ = 0, skipped_ = 0;
     bool watched_ = false;
-    double start_ = 0.0, told_ = 0.0;
-    Choice choice_;
+    double start_ = 0.0;
+    uint64_t changes_ = 0;
+    Forward forward_;
+    Times times_;
     std::atomic<double> spread_{0.0};  // when threads may be moved again
     Member* member_ = nullptr;
 };
