@@ -56,6 +56,33 @@ def run_until(argv: list[str], *ready: bytes, patience: float = 90.0) -> tuple[i
         os.close(follower)
 
 
+ORDER = """
+import sys
+from outrider.cli.interrupts import keep_interrupts
+keep_interrupts()
+seen = []
+class Spy:
+    def find_spec(self, name, path=None, target=None):
+        seen.append(name)
+sys.meta_path.insert(1, Spy())
+finders = len(sys.meta_path)
+import torch
+assert seen.index("numpy") < seen.index("torch"), seen[:5]
+assert len(sys.meta_path) == finders - 1
+keep_interrupts()
+assert len(sys.meta_path) == finders - 1
+"""
+
+
+def test_pytorch_does_not_import_numpy() -> None:
+    """It takes a Ctrl-C meanwhile for NumPy's absence and goes on: NumPy is there before. `command` has its order from `main`."""
+    subprocess.run([sys.executable, "-c", ORDER], check=True)
+    first = "import sys; sys.argv = ['outrider', '--help']\ntry: main()\nexcept SystemExit: pass\n"
+    code = f"from outrider.cli.main import main; {first}print(type(sys.meta_path[0]).__name__, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "NumpyFirst False"
+
+
 GENERATE = ["generate", "import os", "--max-tokens", "900", "--seed", "3", "--json"]
 
 
@@ -90,7 +117,6 @@ def test_ctrl_c_leaves_everything_clean(argv: list[str], ready: list[bytes], tmp
         (["audit", "--count", "64", "--samples", "16"], b"auditing", b"interrupted"),
         (["demo", "--repeats", "50"], b"measuring", b"interrupted"),
         (["plan", "--rounds", "200"], b"timing", b"interrupted"),
-        (["serve", "--port", "0"], b"loading", b"interrupted"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
@@ -102,3 +128,11 @@ def test_ctrl_c_ends_every_long_command_in_a_line(argv: list[str], ready: bytes,
     assert said in words and b"interrupted" in seen and b"Traceback" not in seen
     assert before == after
     assert seen.rfind(b"\x1b[?25h") >= seen.rfind(b"\x1b[?25l")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_server_that_loads(tmp_path: Path) -> None:
+    """Where it has just begun to serve when the key comes, it ends as a server does."""
+    code, seen, before, after = run_until(["serve", "--port", "0"], b"loading")
+    assert (code == 130 and b"interrupted" in seen) or (code == 0 and b"ending" in seen), seen[-2000:]
+    assert b"Traceback" not in seen and before == after

@@ -21,10 +21,8 @@ from outrider.options import EngineOptions
 from outrider.params import SamplingParams
 from outrider.verify import native
 from tests.checkpoints import make_checkpoint
+from tests.compilers import needs_compiler
 
-COMPILER = pytest.mark.skipif(
-    not any(shutil.which(c) for c in ("c++", "g++", "clang++")), reason="needs a C++ compiler"
-)
 BEST = isa.levels()[-1] if isa.levels() else None
 LINUX = pytest.mark.skipif(BEST is None, reason="this system does not say what its CPU has")
 
@@ -223,7 +221,7 @@ def test_transformers_where_our_runtime_would_do(model: Path) -> None:
     assert any("leave implementation 'hf' out" in n for n in target.notices)
 
 
-@COMPILER
+@needs_compiler
 @pytest.mark.parametrize("role", ["draft", "target"])
 @pytest.mark.parametrize(("rounded", "told"), [(2e-3, True), (1e-3, False)])
 def test_quantised_weights_that_are_slower(
@@ -235,7 +233,7 @@ def test_quantised_weights_that_are_slower(
     assert [f"--quantize-{role} out" in n for n in notices if "int8" in n] == [True] * told
 
 
-@COMPILER
+@needs_compiler
 def test_how_long_quantised_and_plain_blocks_take_is_measured(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both run natively on the same rows; both times are real ones."""
     seen = []

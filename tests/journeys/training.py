@@ -54,7 +54,7 @@ def continued() -> None:
     line = f"outrider train draft {DATA} {SMALL} --steps 1200 --blocks 1 --width 64 --work kept --out my/continued"
     child = subprocess.Popen(words(line), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 600
-    while not list(Path("kept").rglob("*.pt")) + list(Path("kept").rglob("*step*")) and time.monotonic() < end:
+    while not list(Path("kept").rglob("step-*")) and time.monotonic() < end:
         need(child.poll() is None, f"it ended by itself: {child.returncode}")
         time.sleep(0.5)
     child.send_signal(signal.SIGINT)

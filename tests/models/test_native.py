@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -14,11 +13,10 @@ from outrider.models.decoder import DecoderConfig, DecoderWeights, Experts, Laye
 from outrider.models.native import NativeDecoder, load_native
 from outrider.nn.kv import PagedKV
 from outrider.types import Draft, Rows, Scores
+from tests.compilers import needs_compiler
 from tests.models.plain_decoder import reference
 
-pytestmark = pytest.mark.skipif(
-    not any(shutil.which(c) for c in ("c++", "g++", "clang++")), reason="the native decoder needs a C++ compiler"
-)
+pytestmark = needs_compiler
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 

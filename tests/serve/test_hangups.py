@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import random
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from starlette.requests import ClientDisconnect
 
+from outrider.serve.connection import Parting
 from outrider.serve.sse import while_connected
 from tests.serve.harness import serving, until
 
@@ -82,3 +84,26 @@ def test_no_moment_of_hanging_up_keeps_a_place() -> None:
         until(lambda: not server.bridge.tickets, 30)
         assert server.bridge.held == 0 and not any(server.bridge.owned.values())
         until(lambda: not server.bridge.engine.scheduler.running)
+
+
+def test_a_connection_that_the_other_side_has_reset_is_closed_all_the_same() -> None:
+    """Its socket refuses to end one direction, in the middle of a server's shutdown."""
+    told = list[str]()
+
+    class Gone(asyncio.Transport):
+        def is_closing(self) -> bool:
+            return bool(told)
+
+        def can_write_eof(self) -> bool:
+            return True
+
+        def write_eof(self) -> None:
+            raise OSError(errno.ENOTCONN, "not connected")
+
+        def close(self) -> None:
+            told.append("closed")
+
+    parting = Parting(Gone(), None, lambda: True)
+    parting.close()
+    parting.close()
+    assert told[0] == "closed" and parting.is_closing()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.compilers import needs_compiler
 from tests.serve.harness import Running, serving
 
 KEYS = ("first-key-1234", "second-key-1234")
@@ -32,6 +33,7 @@ def cached(reply: dict) -> int:
     return reply["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
+@needs_compiler  # elsewhere whole prompt chunks alone are shared, which these prompts do not fill
 def test_replies_say_what_was_kept_and_keys_share_nothing(server: Running) -> None:
     first = ask(server, KEYS[0], PROMPT)
     again = ask(server, KEYS[0], [*PROMPT, 50, 51])
@@ -49,6 +51,7 @@ def test_replies_say_what_was_kept_and_keys_share_nothing(server: Running) -> No
     assert 0 <= value("kv_cache_usage_ratio") < 0.1
 
 
+@needs_compiler
 def test_a_chat_s_second_turn_says_it_in_every_dialect(server: Running) -> None:
     turns = [{"role": "user", "content": "def add(a, b):\n    return a + b\n" * 12}]
     key = KEYS[0]

@@ -12,9 +12,12 @@ from outrider.build import build_engine
 from outrider.errors import RequestError
 from outrider.serve.echo import check_scores
 from outrider.types import Draft, Rows
+from tests.compilers import COMPILER
 from tests.serve.harness import Running, serving
 
 PROMPT = "def read(path):\n    return open(path).read()\n"
+NEAR = 2e-4 if COMPILER else 5e-3
+"""Log-probabilities in bfloat16; without the native decoder they depend on how many rows are computed together."""
 
 
 def post(server: Running, body: dict[str, Any], path: str = "/v1/completions") -> Any:
@@ -55,7 +58,7 @@ def test_echo_has_the_log_probabilities_of_the_prompt(server: Running, scores: A
         assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
         assert len(found["tokens"]) == len(found["text_offset"]) <= len(prompt) + most
         for i, token in enumerate(prompt[1:], 1):
-            assert found["token_logprobs"][i] == pytest.approx(float(rows[i - 1, token]), abs=2e-4)
+            assert found["token_logprobs"][i] == pytest.approx(float(rows[i - 1, token]), abs=NEAR)
             greedy = found["token_logprobs"][i] == max(found["top_logprobs"][i].values())
             assert greedy == (int(rows[i - 1].argmax()) == token)
         assert "".join(found["tokens"]) == choice["text"]
@@ -66,7 +69,7 @@ def test_echo_has_the_log_probabilities_of_the_prompt(server: Running, scores: A
         assert reply["choices"][0]["text"] == PROMPT + said["text"]
         assert reply["choices"][0]["finish_reason"] == said["finish_reason"]
         ours = reply["choices"][0]["logprobs"]["token_logprobs"][len(ids) :]
-        assert ours == pytest.approx(said["logprobs"]["token_logprobs"], abs=2e-4)
+        assert ours == pytest.approx(said["logprobs"]["token_logprobs"], abs=NEAR)
 
 
 def test_prompt_logprobs(server: Running, scores: Any) -> None:
@@ -75,7 +78,7 @@ def test_prompt_logprobs(server: Running, scores: Any) -> None:
     assert found[0] is None and len(found) == len(ids)
     for i, token in enumerate(ids[1:], 1):
         own = found[i][str(token)]
-        assert own["logprob"] == pytest.approx(float(rows[i - 1, token]), abs=2e-4)
+        assert own["logprob"] == pytest.approx(float(rows[i - 1, token]), abs=NEAR)
         assert own["rank"] == int((rows[i - 1] > rows[i - 1, token]).sum()) + 1
         assert str(int(rows[i - 1].argmax())) in found[i]
     chat = {"messages": [{"role": "user", "content": "x = 1"}], "max_tokens": 1, "prompt_logprobs": 0}

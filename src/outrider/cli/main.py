@@ -37,6 +37,7 @@ from outrider.cli import (  # noqa: E402
 )
 from outrider.cli.dashboards import dashboards_app  # noqa: E402
 from outrider.cli.ending import INTERRUPTED  # noqa: E402
+from outrider.cli.interrupts import keep_interrupts  # noqa: E402
 from outrider.cli.theory import theory_app  # noqa: E402
 from outrider.errors import OutriderError, printable  # noqa: E402
 
@@ -131,6 +132,7 @@ def main() -> None:
     """Run the command line. What transformers says to programmers is not shown, unless its own variable asks for it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which no command has done yet
     terminal.show_waiting()
+    keep_interrupts()
     try:
         try:
             command()(prog_name="outrider")

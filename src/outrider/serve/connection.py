@@ -94,8 +94,12 @@ class Parting:
             self._transport.close()
             return
         self._left = PART_BYTES
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
+        try:
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+        except OSError:  # the other side is gone already
+            self._transport.close()
+            return
         self._transport.resume_reading()
         self._loop.call_later(PART_SECONDS, self._transport.close)
 
