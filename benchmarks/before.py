@@ -67,7 +67,8 @@ def measure(before: Path, kind: str, batch: int, rounds: int, tokens: int, start
 def once(before: Path, kind: str, batch: int, rounds: int, tokens: int, order: random.Random) -> Speeds:
     """Speeds by round of both checkouts, started anew."""
     checkouts = [("now", ROOT), ("before", before)]
-    order.shuffle(checkouts)  # of two processes of one checkout the one that started first was the slower one in most starts
+    # of two processes of one checkout the one that started first was the slower one in most starts
+    order.shuffle(checkouts)
     running = {name: start(f"{name}-{kind}-{batch}", root, DRAFTS[kind], batch) for name, root in checkouts}
     prompts = tokens_of(shipped_prompts())
     command_of = lambda turn: {  # noqa: E731

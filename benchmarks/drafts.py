@@ -47,7 +47,8 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
     """Name -> bytes of weights that are read, the native forward, its torch twin."""
     target = load_target(str(shipped("target")))
     eagle = Eagle3Network.load(shipped("eagle"), target)
-    medusa = MedusaNetwork(MedusaConfig(target.hidden_size, target.vocab_size, LEVELS, target.layers)).requires_grad_(False)
+    sizes = MedusaConfig(target.hidden_size, target.vocab_size, LEVELS, target.layers)
+    medusa = MedusaNetwork(sizes).requires_grad_(False)
     block = DFlashNetwork.load(shipped("dflash"), target, str(shipped("target")))
     library = library_for(eagle.fc.weight)
     if library is None:
@@ -59,7 +60,7 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
         made.k.normal_(), made.v.normal_()
         return made
 
-    c = eagle.config
+    c, state = eagle.config, torch.randn(1, target.hidden_size)
     runs = eagle_forward.NativeForward(library, eagle), eagle_forward.TorchForward(eagle, CONTEXT + 32)
     taps = [torch.randn(8, target.hidden_size).to(target.dtype) for _ in c.taps]
     feature = torch.randn(1, c.hidden)
@@ -77,8 +78,6 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
     own = bytes_of(eagle.layers, eagle.norm, eagle.lm_head)
     out["EAGLE, a level"] = own, *(partial(level, r, cache(r, c, 1)) for r in runs)
     out["EAGLE, 3 kept rows"] = own + bytes_of(eagle.fc), *(partial(read, r, cache(r, c, 1)) for r in runs)
-
-    state = torch.randn(1, target.hidden_size)
     heads = medusa_heads.native(library, medusa, LEVELS), medusa_heads.stacked(medusa, LEVELS)
     out[f"Medusa, {LEVELS} heads"] = bytes_of(medusa), *(partial(h, state) for h in heads)
 

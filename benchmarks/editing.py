@@ -40,7 +40,12 @@ def task(text: str, function: ast.FunctionDef) -> str | None:
     or has a head of several lines."""
     source = ast.get_source_segment(text, function)
     arguments = [a.arg for a in function.args.args if a.arg not in ("self", "cls")]
-    if source is None or not arguments or not source.splitlines()[0].endswith(":") or not SIZES[0] <= len(source) <= SIZES[1]:
+    if (
+        source is None
+        or not arguments
+        or not source.splitlines()[0].endswith(":")
+        or not SIZES[0] <= len(source) <= SIZES[1]
+    ):
         return None
     old, new = arguments[0], f"{arguments[0]}_value"
     head = re.sub(rf"\b{re.escape(old)}\b", new, source.splitlines()[0])
@@ -50,14 +55,18 @@ def task(text: str, function: ast.FunctionDef) -> str | None:
 def tasks(source: Path) -> list[str]:
     """At most three tasks of each held-out file, in the files' order."""
     _, held_out = data.split(data.deduplicate(data.find_documents(source)))
-    return [prompt for d in held_out for prompt in islice(filter(None, (task(d.text, f) for f in functions(d.text))), 3)]
+    return [
+        prompt for d in held_out for prompt in islice(filter(None, (task(d.text, f) for f in functions(d.text))), 3)
+    ]
 
 
 def main() -> None:
     """Write the prompts."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("out", type=Path, help="JSON lines to write")
-    ask.add_argument("--source", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="folder of Python files")
+    ask.add_argument(
+        "--source", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="folder of Python files"
+    )
     given = ask.parse_args()
     prompts = tasks(given.source)
     given.out.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), encoding="utf-8")

@@ -195,7 +195,8 @@ def build(family: str) -> Any:
     """A small random model of a family, the same every time, with larger weights than usual, so that its text wanders."""
     torch.manual_seed(0)
     config = shrink(AutoConfig.for_model(family, **FIRST.get(family, {})), OWN.get(family, {}))
-    sounds = AutoModelForTextToWaveform  # whose decoders transformers also has as causal models, without an encoder's configuration
+    # whose decoders transformers also has as causal models, without an encoder's configuration
+    sounds = AutoModelForTextToWaveform
     own = sounds if type(config) in sounds._model_mapping else model_class(config)
     known = type(config) in own._model_mapping
     model = (own.from_config(config) if known else getattr(transformers, NAMED[family])(config)).eval()

@@ -85,7 +85,11 @@ def places(engine: Engine) -> Iterator[tuple[str, Any, str]]:
     yield from ((name, StepState, name) for name in ("plan", "take_pending", "settle", "record"))
     yield from (("kept paths", step, "kept_paths"), ("evidence", step, "evidence_of"), ("budget", step, "draft_budget"))
     yield from (("sanitize", step, "sanitize_draft"), ("assemble", step, "assemble"), ("emit", step, "emit"))
-    yield from (("nonfinite rows", step, "blank_nonfinite_rows"), ("row contexts", step, "row_contexts"), ("rule", step, "judge"))
+    yield from (
+        ("nonfinite rows", step, "blank_nonfinite_rows"),
+        ("row contexts", step, "row_contexts"),
+        ("rule", step, "judge"),
+    )
     yield "publish", engine.state.room, "publish"
     yield "target, Python", parts.target, "forward"
     if getattr(parts.target, "native", None) is not None:
@@ -180,7 +184,9 @@ def widths(rounds: int) -> None:
     """v(R): the target's forward for a chain of R rows behind 128 cached ones, alone; the least of the rounds."""
     target = load_target(str(shipped("target")))
     kv = target.new_kv(1, CONTEXT + 16)
-    made = {n: Rows.assemble([0], [[7]], [CONTEXT], Draft.join([([5] * (n - 1), list(range(-1, n - 2)))])) for n in ROWS}
+    made = {
+        n: Rows.assemble([0], [[7]], [CONTEXT], Draft.join([([5] * (n - 1), list(range(-1, n - 2)))])) for n in ROWS
+    }
     first = Rows.assemble([0], [[3] * CONTEXT], [0], Draft.empty(1))
     target.forward(first, kv)
     kv.commit(first, [()])

@@ -31,7 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("numprocesses", None):
         import torch
 
-        torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, which imports torch's compiler: two seconds
+        # as use_deterministic_algorithms, which imports torch's compiler: two seconds
+        torch.set_deterministic_debug_mode("error")
 
 
 def pytest_collection_finish() -> None:

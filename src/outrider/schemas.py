@@ -26,7 +26,9 @@ def without_other_formats(schema: Any) -> Any:
 
 def without_looking_around(schema: Any) -> Any:
     """A schema without the patterns that look around, such as those that libraries write for addresses."""
-    return _without(schema, lambda key, value: key == "pattern" and isinstance(value, str) and bool(_AROUND.search(value)))
+    return _without(
+        schema, lambda key, value: key == "pattern" and isinstance(value, str) and bool(_AROUND.search(value))
+    )
 
 
 def _without(schema: Any, left_out: Callable[[str, Any], bool]) -> Any:

@@ -80,7 +80,15 @@ def test_commands(talk: Conversation) -> None:
     assert obey(talk, "hello") is None and obey(talk, "/usr/bin/env") is None and obey(talk, "//x") is None
     assert obey(talk, "/temprature 1") == "there is no command '/temprature', did you mean /temperature?"
     assert obey(talk, "/temperature 0.5") == "temperature 0.5" and talk.params.temperature == 0.5
-    for bad in ("/temperature hot", "/temperature -1", "/draft many", "/draft -3", "/draft 2.5", "/draft inf", "/draft nan"):
+    for bad in (
+        "/temperature hot",
+        "/temperature -1",
+        "/draft many",
+        "/draft -3",
+        "/draft 2.5",
+        "/draft inf",
+        "/draft nan",
+    ):
         before = talk.params
         assert obey(talk, bad) and talk.params == before
     assert obey(talk, "/draft off") == "drafts are off" and talk.params.draft_length == 0
@@ -110,9 +118,15 @@ def test_a_conversation_with_thinking(talk: Conversation, capsys: Any, monkeypat
     assert "Hello there!" in out and "So it is." in out and "think>" not in out
     assert "".join(styled).strip().endswith("Hm.") and "So it is." not in "".join(styled)
     assert [m["role"] for m in talk.messages] == ["system", "user", "assistant", "user", "assistant"]
-    assert talk.messages[-1]["content"].strip() == "So it is." and talk.messages[-1]["reasoning_content"].strip() == "Hm."
+    assert (
+        talk.messages[-1]["content"].strip() == "So it is." and talk.messages[-1]["reasoning_content"].strip() == "Hm."
+    )
     told = obey(talk, "/stats")
-    assert told is not None and told.startswith("2 turns; ") and f"has {talk.context} of {talk.engine.max_length} tokens" in told
+    assert (
+        told is not None
+        and told.startswith("2 turns; ")
+        and f"has {talk.context} of {talk.engine.max_length} tokens" in told
+    )
     with pytest.raises(RequestError, match="the context holds"):
         talk.turn("x" * (talk.engine.max_length + 1))
     assert obey(talk, "/stats") == told, "what was refused is no part of the conversation"
@@ -129,13 +143,23 @@ def test_the_channels_of_gpt_oss_are_read(capsys: Any, monkeypatch: pytest.Monke
     closing = Closing()
     talk = Conversation(rewired(chat_engine("plain"))(sinks=(closing,)), None, closing, replace(GREEDY, max_tokens=200))
     talk.dialect = detect(lambda *_, **__: "", "{{ '<|channel|>analysis<|message|>' }}")
-    assert talk.read_marks() == ("<|channel|>", "<|start|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>")
+    assert talk.read_marks() == (
+        "<|channel|>",
+        "<|start|>",
+        "<|message|>",
+        "<|constrain|>",
+        "<|end|>",
+        "<|call|>",
+        "<|return|>",
+    )
     talk.turn("greet")
     assert "<|" not in capsys.readouterr().out and "".join(styled) == "A guest."
     assert talk.messages[-1] == {"role": "assistant", "content": "Hello there!", "reasoning_content": "A guest."}
 
 
-def test_a_system_message_that_the_template_refuses_changes_nothing(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_message_that_the_template_refuses_changes_nothing(
+    talk: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(messages: list[dict[str, str]]) -> list[int]:
         raise RequestError("no system role")
 

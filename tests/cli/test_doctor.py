@@ -127,7 +127,9 @@ def test_an_end_of_text_that_no_row_is_for_is_refused_by_doctor_too(where: str, 
     file.write_text(json.dumps(raw))
     for command in (["doctor", str(folder)], ["generate", "x", "--target", str(folder), "--draft", "none"]):
         done = subprocess.run([sys.executable, "-m", "outrider", *command], capture_output=True, text=True)
-        assert done.returncode in (1, 2) and "names the end-of-text token" in done.stdout.replace("\n", " ") + done.stderr
+        assert (
+            done.returncode in (1, 2) and "names the end-of-text token" in done.stdout.replace("\n", " ") + done.stderr
+        )
     pair = [sys.executable, "-m", "outrider", "generate", "x", "--target", str(other), "--draft", str(folder)]
     done = subprocess.run([*pair, "--max-tokens", "4"], capture_output=True, text=True)
     assert "names the end-of-text token" not in done.stderr

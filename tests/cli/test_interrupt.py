@@ -32,7 +32,8 @@ def run_until(argv: list[str], *ready: bytes, patience: float = 90.0) -> tuple[i
         stderr=follower,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a runner in the background may ignore it
-        env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": os.devnull},  # no history is kept
+        # no history is kept
+        env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": os.devnull},
     )
     seen, press_at, end = b"", None, time.monotonic() + patience
     waiting = list(ready)
@@ -91,7 +92,9 @@ GENERATE = ["generate", "import os", "--max-tokens", "900", "--seed", "3", "--js
     [
         pytest.param(GENERATE, [b"loading"], marks=pytest.mark.slow),
         (["chat"], [b"\n> ", b"Ctrl-C again ends"]),
-        pytest.param(["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], [b"loading"], marks=pytest.mark.slow),
+        pytest.param(
+            ["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], [b"loading"], marks=pytest.mark.slow
+        ),
         (["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], [b"measuring"]),
     ],
     ids=["before the text", "at the prompt", "while loading", "while measuring"],

@@ -55,7 +55,14 @@ def test_chain_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     "options",
-    [("--drafts", "0"), ("--drafts", "1000000000000"), ("--states", "0"), ("--horizon", "-1"), ("--seed", "-1"), ("--length", "x")],
+    [
+        ("--drafts", "0"),
+        ("--drafts", "1000000000000"),
+        ("--states", "0"),
+        ("--horizon", "-1"),
+        ("--seed", "-1"),
+        ("--length", "x"),
+    ],
 )
 def test_wrong_options_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str, str]

@@ -186,7 +186,11 @@ def test_control_a_part_of_the_vocabulary_declared_as_the_whole_is_seen() -> Non
 
     def whole(evidence, budget):
         draft = honest(evidence, budget)
-        return draft if draft.q is None else replace(draft, q=replace(draft.q, probs=0.7 * draft.q.probs + 0.3 / V, sound=None))
+        return (
+            draft
+            if draft.q is None
+            else replace(draft, q=replace(draft.q, probs=0.7 * draft.q.probs + 0.3 / V, sound=None))
+        )
 
     engine.parts.drafter.draft = whole
     value, bound = statistic(collect(engine, n, seed=5, disturb=False), exact_joint() * n)

@@ -79,9 +79,7 @@ class Mixture:
             factor = 1.0 + self.noise * self.random.uniform(-1, 1)
             target, draft = self.clock(rows, 0.0)[0] * factor, self.clock(0, max(t.asked for t in self.texts))[1]
             seconds = {"target": target, "rule": 0.0, "host": 0.0, "draft": draft}
-            controller.observe(
-                StepRecord(rows, len(self.texts), len(self.texts), 0, seconds, counts, each=tuple(each))
-            )
+            controller.observe(StepRecord(rows, len(self.texts), len(self.texts), 0, seconds, counts, each=tuple(each)))
             self.seconds += target + draft
             self.tokens += counts.emitted
             self.rows += rows

@@ -39,7 +39,9 @@ class World:
         self.random, self.clock, self.tokens, self.steps = random.Random(seed), 0.0, 0, 0
         self.pending: list[int] = []
 
-    def run(self, controller: Adaptive | Fixed, sequences: int, steps: int, params: SamplingParams = FREE) -> dict[int, int]:
+    def run(
+        self, controller: Adaptive | Fixed, sequences: int, steps: int, params: SamplingParams = FREE
+    ) -> dict[int, int]:
         """Steps of a steady load; how often each length was asked for."""
         asked: dict[int, int] = {}
         views = [SequenceView(i, i, [0], 1, 0, params) for i in range(sequences)]
@@ -214,10 +216,12 @@ def test_what_plain_decoding_would_have_taken_counts_each_step_at_its_own_load()
         assert compared >= 0.95 * seconds
         assert abs(plain / compared - gain[sequences]) < 0.04 * gain[sequences]
     compared, plain, seconds, tokens = (y - x for x, y in zip(marks[0], marks[2], strict=True))
-    true = 300 * compute_bound(8, 0) + (tokens - 300 * 8) * compute_bound(1, 0)  # seconds of plain decoding of these tokens
+    # seconds of plain decoding of these tokens
+    true = 300 * compute_bound(8, 0) + (tokens - 300 * 8) * compute_bound(1, 0)
     assert abs(plain - true) < 0.04 * true
     now = controller.outlook().speedup
-    assert now is not None and now > 1.3 * (marks[1][1] - marks[0][1]) / (marks[1][0] - marks[0][0])  # a control: of one sequence
+    # a control: of one sequence
+    assert now is not None and now > 1.3 * (marks[1][1] - marks[0][1]) / (marks[1][0] - marks[0][0])
 
 
 def test_a_load_without_a_trial_is_not_compared() -> None:

@@ -45,7 +45,9 @@ KEYWORDS = (
 """Words of schemas that may as well be the names of properties."""
 
 
-@pytest.mark.parametrize("inside", ["properties", "$defs", "definitions", "dependentSchemas", "dependencies", "patternProperties"])
+@pytest.mark.parametrize(
+    "inside", ["properties", "$defs", "definitions", "dependentSchemas", "dependencies", "patternProperties"]
+)
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_a_name_that_is_a_word_of_schemas_is_a_name(name: str, inside: str) -> None:
     """What is called "enum" is read as any other schema, and what is in a real `enum` under that name is data."""
@@ -54,7 +56,11 @@ def test_a_name_that_is_a_word_of_schemas_is_a_name(name: str, inside: str) -> N
     assert without_looking_around({inside: {name: note}}) == {inside: {name: {k: note[k] for k in ("format", "enum")}}}
     deep = {inside: {name: {"properties": {name: note}}}}
     assert without_other_formats(deep)[inside][name]["properties"][name] == {k: note[k] for k in ("pattern", "enum")}
-    listed = {"dependencies": {name: ["format", "pattern"]}, "dependentRequired": {name: ["format"]}, "required": [name]}
+    listed = {
+        "dependencies": {name: ["format", "pattern"]},
+        "dependentRequired": {name: ["format"]},
+        "required": [name],
+    }
     assert without_looking_around(without_other_formats(listed)) == listed
 
 
@@ -117,4 +123,5 @@ def test_a_tool_whose_pattern_looks_around_can_be_called() -> None:
     assert not accepts(core, grammar, call % ("a@b.de", "x")), "the other pattern holds"
     assert not accepts(core, grammar, call % ("a b", "1")), "and so does the format"
     with pytest.raises(RequestError, match="look-around"):
-        grammars_for(core).compile("json:" + json.dumps(tool.schema))  # of a reply every pattern is held, or the schema refused
+        # of a reply every pattern is held, or the schema refused
+        grammars_for(core).compile("json:" + json.dumps(tool.schema))

@@ -31,7 +31,9 @@ def draft_model() -> TinyLM:
 
 def run(drafter: Drafter, slots: int = 2) -> tuple[list[list[int]], Engine]:
     engine = Engine(TARGET, drafter, SpeculativeSampling(), Fixed(LENGTH), slots=slots)
-    params = [SamplingParams(max_tokens=30, seed=n, temperature=0.0 if n == 2 else 0.8, ignore_eos=True) for n in range(4)]
+    params = [
+        SamplingParams(max_tokens=30, seed=n, temperature=0.0 if n == 2 else 0.8, ignore_eos=True) for n in range(4)
+    ]
     return [list(r.outputs[0].token_ids) for r in engine.generate([[1, 2], [3], [4], [1, 2, 5]], params)], engine
 
 

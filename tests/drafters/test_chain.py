@@ -214,7 +214,11 @@ def test_a_row_without_a_distribution_ends_its_own_chain_only() -> None:
 
 def test_filters_and_edits_are_drawn_level_by_level() -> None:
     logits = torch.randn(2, 1, V)
-    filtered: list[dict[str, Any]] = [{"top_k": 3}, {"repetition_penalty": 1.2}, {"temperature": 0.0, "logit_bias": {1: 2.0}}]
+    filtered: list[dict[str, Any]] = [
+        {"top_k": 3},
+        {"repetition_penalty": 1.2},
+        {"temperature": 0.0, "logit_bias": {1: 2.0}},
+    ]
     for params in filtered:
         step, forest = evidence([view([1, 2, 3], **params)], V), Forest(1)
         assert not chain.grow(step, (2,), forest, logits[0], LevelLogits(logits, (2,), forest), True)

@@ -93,7 +93,8 @@ def test_distributions_are_softmax_to_rounding_and_know_no_neighbours(size: int)
     exact = (x.double() / torch.tensor(temperature, dtype=torch.float64)[:, None]).softmax(-1)
     assert (found - exact).abs().max() < 2e-6
     some = exact > 1e-30
-    assert ((found - exact).abs() / exact)[some].max() < 5e-5  # the exponent of a small one is a rounded number below 70
+    # the exponent of a small one is a rounded number below 70
+    assert ((found - exact).abs() / exact)[some].max() < 5e-5
     assert not found[1, 3::3].any() and (found.double().sum(-1) - 1).abs().max() < 1e-6
     for i, t in enumerate(temperature):
         assert torch.equal(picks.distributions(x[i : i + 1], [t])[0], found[i])  # type: ignore[index]

@@ -118,11 +118,14 @@ def test_texts_that_wait_to_be_remembered_have_a_bound() -> None:
     assert memory.best([7, 100, 101], 3)[1] == []
 
 
-@pytest.mark.parametrize("text", [lambda n: [(i * i) % 977 for i in range(n)], lambda n: [3] * n], ids=["squares", "one token"])
+@pytest.mark.parametrize(
+    "text", [lambda n: [(i * i) % 977 for i in range(n)], lambda n: [3] * n], ids=["squares", "one token"]
+)
 def test_a_long_text_is_read_in_time_proportional_to_its_length(text) -> None:
     """Four times the tokens in one go: a reading that looks back at every token would take 16 times the work."""
     work = [
-        lines_run(lambda n=n: Suffix(8).draft(evidence([view(text(n))], 1000), [8]), "drafters/suffix") for n in (1500, 6000)
+        lines_run(lambda n=n: Suffix(8).draft(evidence([view(text(n))], 1000), [8]), "drafters/suffix")
+        for n in (1500, 6000)
     ]
     assert 3 * work[0] < work[1] < 8 * work[0]
 

@@ -40,11 +40,19 @@ def test_a_bad_value_is_refused_when_it_is_made(options: dict, words: str) -> No
 
 def test_numbers_and_names_of_other_libraries_are_plain_values() -> None:
     there = torch.device("cuda", 1)
-    made = EngineOptions(length=np.int64(2), slots=torch.tensor(4), dtype=torch.float32, device=there, kv_memory=np.float32(2))
+    made = EngineOptions(
+        length=np.int64(2), slots=torch.tensor(4), dtype=torch.float32, device=there, kv_memory=np.float32(2)
+    )
     assert made == EngineOptions(length=2, slots=4, dtype="float32", device="cuda:1", kv_memory=2.0)
     assert {type(getattr(made, f.name)) for f in fields(made)} <= {int, str, float, bool, type(None)}
     several = torch.tensor([1, 2])
-    for bad in ({"length": several}, {"slots": np.float64(2)}, {"device": "mps"}, {"device": ""}, {"kv_memory": np.nan}):
+    for bad in (
+        {"length": several},
+        {"slots": np.float64(2)},
+        {"device": "mps"},
+        {"device": ""},
+        {"kv_memory": np.nan},
+    ):
         with pytest.raises(ConfigError):
             EngineOptions(**bad)
 

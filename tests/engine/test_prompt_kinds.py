@@ -46,13 +46,17 @@ def one():
     return Engine(*parts, slots=4, max_length=64, tokenizer=Letters())
 
 
-@pytest.mark.parametrize("given", [{"temperature": 0}, {"temperature": 0, "n": 1}, "greedy", 5, [{"temperature": 0}], [None, 3]])
+@pytest.mark.parametrize(
+    "given", [{"temperature": 0}, {"temperature": 0, "n": 1}, "greedy", 5, [{"temperature": 0}], [None, 3]]
+)
 def test_sampling_parameters_of_another_kind_are_refused_by_their_name(one: Engine, given) -> None:
     calls = [lambda: one.generate("ab", given)] + [lambda: one.submit("ab", given)] * (not isinstance(given, list))
     for call in calls:
         with pytest.raises(Exception, match=r"sampling parameters|Type-check error") as error:
             call()
-        assert isinstance(error.value, RequestError) or "Type-check" in str(error.value), "types that are checked refuse it first"
+        assert isinstance(error.value, RequestError) or "Type-check" in str(error.value), (
+            "types that are checked refuse it first"
+        )
     assert not one.busy
     with pytest.raises(RequestError, match=r"not dict: write SamplingParams\(\*\*params\)"):
         as_params({"temperature": 0})

@@ -79,7 +79,7 @@ def test_one_name_in_two_folders_is_two_models(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"dtype": "float64"}, {"device": "meta"}, {"target": "another"}, {"target_quantize": "q8_0"}, {"input_bits": 16}]
+    [{"dtype": "float64"}, {"device": "meta"}, {"target": "another"}, {"target_quantize": "q8_0"}, {"input_bits": 16}],
 )
 def test_what_the_loaded_target_has_decided_cannot_change(engine: Engine, changes: dict[str, str]) -> None:
     """It would be dropped in silence: the companion has the weights that are there."""

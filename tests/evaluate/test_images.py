@@ -105,7 +105,9 @@ def test_length_0_draws_plainly_whatever_drafts() -> None:
 
 @pytest.mark.parametrize(("guidance", "temperature"), [(100.0, 1.0), (8.0, 1.0), (1.0, 100.0)])
 @pytest.mark.parametrize("draft", ["none", "eagle"])
-def test_only_colours_are_drawn_at_any_guidance_and_temperature(guidance: float, temperature: float, draft: str) -> None:
+def test_only_colours_are_drawn_at_any_guidance_and_temperature(
+    guidance: float, temperature: float, draft: str
+) -> None:
     """The classes and the rest of the vocabulary have no probability, however far logits are apart or close together."""
     painter = load_painter(shipped_images(), draft, guidance=guidance, slots=8)
     drawn = painter.draw([(str(n), n) for n in range(8)], temperature)

@@ -68,7 +68,9 @@ def test_acceptance_and_speed_have_rows_and_pictures(tmp_path: Path) -> None:
     assert page.count("<svg") == 2
     shipped = "the shipped code, as they stand"
     mine = f"{prompts}, as they stand, and 1 later turn behind the model's own replies"
-    assert prompts_of(document) == [(g["label"], said) for g, said in zip(document["groups"], (shipped, mine), strict=True)]
+    assert prompts_of(document) == [
+        (g["label"], said) for g, said in zip(document["groups"], (shipped, mine), strict=True)
+    ]
     assert shipped in page and str(prompts) in page
     assert prompts_of({"groups": document["groups"][:1]}) == [("all", shipped)]
     assert speed["tokens_per_second"] and document["groups"][1]["acceptance"][0]["tokens"] == 3 * 8

@@ -77,7 +77,11 @@ def measured() -> None:
     run(bench, f"{FEW} --warmup 0")
     terminal(bench, f"{FEW} --warmup 0")
     run(documented("first_hour.md", "outrider predict"), FEW)
-    run(documented("first_hour.md", "outrider plan"), f"{FEW} --count 4 --rounds 2 --requests 20 --lengths 0,2", code=(0, 1, 3))
+    run(
+        documented("first_hour.md", "outrider plan"),
+        f"{FEW} --count 4 --rounds 2 --requests 20 --lengths 0,2",
+        code=(0, 1, 3),
+    )
 
 
 def wrong() -> None:

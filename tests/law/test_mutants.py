@@ -221,7 +221,8 @@ def test_mutant_of_the_native_passes_is_killed(mutant, tmp_path, monkeypatch):
         (tmp_path / name).write_text(source.replace(old, new))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(native, "PASSES", replace(native.PASSES, folder=tmp_path))
-    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-O0"))  # the same numbers, compiled in a third of the time
+    # the same numbers, compiled in a third of the time
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-O0"))
     native.library.cache_clear()
     try:
         assert native.library() is not None

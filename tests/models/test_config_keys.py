@@ -208,10 +208,17 @@ def test_a_mistral_whose_layers_are_named_is_a_ministral(models, tmp_path) -> No
         assert agree_or_refuse(models["mistral"], tmp_path, sliding_window=5, layer_types=kinds) is None
         said[name] = by_lean(tmp_path)[-1]
     assert torch.equal(said["unnamed"], said["sliding"])
-    assert all((said[a] - said[b]).abs().max() > 0.1 for a, b in (("sliding", "mixed"), ("mixed", "full"), ("full", "sliding")))
+    assert all(
+        (said[a] - said[b]).abs().max() > 0.1 for a, b in (("sliding", "mixed"), ("mixed", "full"), ("full", "sliding"))
+    )
 
 
-LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.3, 1.6, 1.9, 2.2, 2.5], "long_factor": [2.0] * 6, "rope_theta": 50.0}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.3, 1.6, 1.9, 2.2, 2.5],
+    "long_factor": [2.0] * 6,
+    "rope_theta": 50.0,
+}
 
 
 @pytest.mark.parametrize(("family", "changes"), [

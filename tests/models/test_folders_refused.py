@@ -130,8 +130,18 @@ def test_a_tensor_in_two_files_and_an_adapter_beside_the_weights_are_refused(cop
 )  # fmt: skip
 def test_constraints_on_every_text_are_refused_and_defaults_of_sampling_are_not(copy, key: str, value: object) -> None:
     file = copy / "generation_config.json"
-    file.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5], "no_repeat_ngram_size": 0,
-                                "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}))
+    file.write_text(
+        json.dumps(
+            {
+                "temperature": 0.6,
+                "top_p": 0.9,
+                "eos_token_id": [2, 5],
+                "no_repeat_ngram_size": 0,
+                "encoder_repetition_penalty": 1.0,
+                "encoder_no_repeat_ngram_size": 0,
+            }
+        )
+    )
     assert stop_ids(copy) == (2, 5)
     file.write_text(json.dumps({key: value}))
     with pytest.raises(ConfigError, match=key):
@@ -141,7 +151,11 @@ def test_constraints_on_every_text_are_refused_and_defaults_of_sampling_are_not(
 @pytest.mark.parametrize("inside", [None, "text_config", "decoder"])
 def test_constraints_of_older_folders_stand_in_config_json(copy, inside: str | None) -> None:
     """transformers takes them from there where no generation_config.json is: `generate` then writes another text."""
-    raw = json.loads((copy / "config.json").read_text()) | {"no_repeat_ngram_size": 0, "repetition_penalty": 1.3, "eos_token_id": 2}
+    raw = json.loads((copy / "config.json").read_text()) | {
+        "no_repeat_ngram_size": 0,
+        "repetition_penalty": 1.3,
+        "eos_token_id": 2,
+    }
     constraint = {"bad_words_ids": [[5]]}
     (copy / "config.json").write_text(json.dumps(raw | (constraint if inside is None else {inside: constraint})))
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))

@@ -213,7 +213,16 @@ def test_equals_the_reference(name: str, dtype: torch.dtype) -> None:
             assert (scores.hidden[tap][row] - hidden).abs().max() <= tolerance(dtype) * hidden.abs().max()
 
 
-SENSITIVE = ("plain", "odd sizes", "one head each", "windows", "biases", "norms", *list(SHAPES)[-6:-2], list(SHAPES)[-1])
+SENSITIVE = (
+    "plain",
+    "odd sizes",
+    "one head each",
+    "windows",
+    "biases",
+    "norms",
+    *list(SHAPES)[-6:-2],
+    list(SHAPES)[-1],
+)
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ def test_every_shipped_part_says_its_licence_and_others_licences_are_in_the_whee
     for folder in FOLDERS:
         cards = [parent / "README.md" for parent in (folder, folder.parent) if (parent / "README.md").exists()]
         assert any("Licence" in card.read_text(encoding="utf-8") for card in cards), folder
-        for name in {name for card in cards for name in re.findall(r"`(LICENSES/[\w.-]+)`", card.read_text(encoding="utf-8"))}:
+        for name in {
+            name for card in cards for name in re.findall(r"`(LICENSES/[\w.-]+)`", card.read_text(encoding="utf-8"))
+        }:
             assert root / name in shipped, name
     assert root / "LICENSES" / "PSF-2.0.txt" in shipped  # of the excerpts in prompts.jsonl

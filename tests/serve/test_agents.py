@@ -17,14 +17,22 @@ from tests.serve.harness import Running, serving
 
 CALL = '<tool_call>\n{"name": "look_up", "arguments": {"place": "Bern"}}\n</tool_call>'
 NOTE = '<tool_call>\n{"name": "patch", "arguments": {"input": "a\\nb"}}\n</tool_call>'
-SCHEMA = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"], "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "properties": {"place": {"type": "string"}},
+    "required": ["place"],
+    "additionalProperties": False,
+}
 FLAT: list[Any] = [
     {"type": "function", "name": "look_up", "description": "d", "strict": True, "parameters": SCHEMA},
     {"type": "custom", "name": "patch", "description": "d", "format": {"type": "text"}},
     {"type": "web_search"},
     {"type": "namespace", "name": "space", "tools": [{"type": "function", "name": "inner", "parameters": SCHEMA}]},
 ]
-HERS = [{"name": "look_up", "description": "d", "input_schema": SCHEMA}, {"type": "web_search_20250305", "name": "web_search"}]
+HERS = [
+    {"name": "look_up", "description": "d", "input_schema": SCHEMA},
+    {"type": "web_search_20250305", "name": "web_search"},
+]
 SCRIPTS |= {"weather": f"I ask.\n{CALL}", "note": NOTE, "cold": "It is cold.", "hi": "Hello there!"}
 SCRIPTS["deep"] = f"Hm, so.\n</think>\n\nYes. {CALL}"
 
@@ -92,7 +100,12 @@ def test_the_events_of_a_response_build_it(client: openai.OpenAI, text: str) -> 
 
 def test_what_needs_state_is_refused_in_a_sentence(agents: Running) -> None:
     body = {"model": "scripted", "input": "hi"}
-    for more in ({"previous_response_id": "resp_1"}, {"background": True}, {"conversation": "c"}, {"prompt": {"id": "p"}}):
+    for more in (
+        {"previous_response_id": "resp_1"},
+        {"background": True},
+        {"conversation": "c"},
+        {"prompt": {"id": "p"}},
+    ):
         status, _, data = agents.call("POST", "/v1/responses", {**body, **more})
         error = json.loads(data)["error"]
         assert status == 400 and "send the whole conversation in input" in error["message"]
@@ -118,7 +131,9 @@ def read_and_written(usage: dict[str, int]) -> tuple[int, int]:
 @pytest.mark.parametrize("text", ["hi", "weather", "deep"])
 def test_a_message_and_its_events(agents: Running, text: str) -> None:
     body: dict[str, Any] = {"model": "scripted", "max_tokens": 300, "temperature": 0, "tools": HERS}
-    body["messages"] = [{"role": "user", "content": [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]}]
+    body["messages"] = [
+        {"role": "user", "content": [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]}
+    ]
     if text != "deep":
         body["thinking"] = {"type": "disabled"}
     status, _, data = agents.call("POST", "/v1/messages", body, {"x-api-key": "any", "anthropic-version": "2023-06-01"})
@@ -126,7 +141,10 @@ def test_a_message_and_its_events(agents: Running, text: str) -> None:
     assert status == 200, whole
     assert whole["stop_reason"] == ("end_turn" if text == "hi" else "tool_use")
     events = events_of(agents.call("POST", "/v1/messages", {**body, "stream": True})[2])
-    assert events[0]["type"] == "message_start" and [e["type"] for e in events[-2:]] == ["message_delta", "message_stop"]
+    assert events[0]["type"] == "message_start" and [e["type"] for e in events[-2:]] == [
+        "message_delta",
+        "message_stop",
+    ]
     blocks = [e["content_block"] for e in events if e["type"] == "content_block_start"]
     for event in events:
         if event["type"] == "content_block_delta":
@@ -147,7 +165,9 @@ def test_a_message_and_its_events(agents: Running, text: str) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("value", ["1e400", "-1E+999", "1e-999", "9" * 300])
-def test_a_number_that_no_float_holds_reaches_the_client_and_comes_back(agents: Running, value: str, stream: bool) -> None:
+def test_a_number_that_no_float_holds_reaches_the_client_and_comes_back(
+    agents: Running, value: str, stream: bool
+) -> None:
     """The model may write it, since JSON has it: as a value of its own it cannot be written, so it is its text."""
     said = '<tool_call>\n{"name": "measure", "arguments": {"x": VALUE}}\n</tool_call>'
     SCRIPTS[f"measure {value}"] = said.replace("VALUE", value)
@@ -157,7 +177,9 @@ def test_a_number_that_no_float_holds_reaches_the_client_and_comes_back(agents: 
     status, _, data = agents.call("POST", "/v1/messages", {**body, "messages": [asked], "stream": stream})
     assert status == 200
     if stream:
-        said = "".join(e["delta"].get("partial_json", "") for e in events_of(data) if e["type"] == "content_block_delta")
+        said = "".join(
+            e["delta"].get("partial_json", "") for e in events_of(data) if e["type"] == "content_block_delta"
+        )
         assert said == '{"x": ' + value + "}"
         return
     use = json.loads(data)["content"][0]
@@ -175,7 +197,13 @@ def test_results_of_tools_choices_and_counts(agents: Running) -> None:
         {"role": "assistant", "content": [{"type": "thinking", "thinking": "t", "signature": "s"}, use]},
         {"role": "user", "content": [result]},
     ]
-    body = {"model": "scripted", "messages": messages, "tools": HERS, "system": "Be brief.", "thinking": {"type": "disabled"}}
+    body = {
+        "model": "scripted",
+        "messages": messages,
+        "tools": HERS,
+        "system": "Be brief.",
+        "thinking": {"type": "disabled"},
+    }
     reply = json.loads(agents.call("POST", "/v1/messages", {**body, "max_tokens": 50, "temperature": 0})[2])
     assert reply["content"] == [{"type": "text", "text": "It is cold."}]
     counted = json.loads(agents.call("POST", "/v1/messages/count_tokens", body)[2])
@@ -191,7 +219,11 @@ def test_results_of_tools_choices_and_counts(agents: Running) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6),
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )

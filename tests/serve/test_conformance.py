@@ -61,7 +61,9 @@ def judge(server: Running, path: str, body: Any) -> int:
         assert all(error.get(k) is None or isinstance(error[k], str) for k in ("param", "code"))
         assert path.startswith("/v1/messages") or len(error) == 4
     elif headers["content-type"].startswith("text/event-stream"):
-        assert reply.endswith((b"data: [DONE]\n\n", b"}\n\n") if path in ("/v1/responses", "/v1/messages") else b"data: [DONE]\n\n")
+        assert reply.endswith(
+            (b"data: [DONE]\n\n", b"}\n\n") if path in ("/v1/responses", "/v1/messages") else b"data: [DONE]\n\n"
+        )
     elif path in (*PATHS, "/v1/responses"):
         assert json.loads(reply)["object"] in KINDS
     else:

@@ -38,7 +38,12 @@ def leave(running: Running, manner: str, reset: bool) -> float:
     base = len(bridge.tickets)
     sock = socket.create_connection(("127.0.0.1", running.port), timeout=30)
     sock.sendall(request(body))
-    until(lambda: len(bridge.tickets) > base and sum(map(len, engine.state.live.values())) == body["n"] + (slots if filler else 0))
+    until(
+        lambda: (
+            len(bridge.tickets) > base
+            and sum(map(len, engine.state.live.values())) == body["n"] + (slots if filler else 0)
+        )
+    )
     if manner in ("decoding", "n = 3"):
         assert sock.recv(4096)
     if reset:

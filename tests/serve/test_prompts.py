@@ -126,7 +126,9 @@ def test_structured_outputs(server: Running) -> None:
     assert json.loads(ask(json={"const": "<pad>"})) == "<pad>"
     assert json.loads(ask(json='{"enum": [1, null]}')) in (1, None)
     assert refused(server, {"prompt": "x", "structured_outputs": {}}) == "structured_outputs"
-    assert refused(server, {"prompt": "x", "structured_outputs": {"regex": "a", "choice": ["b"]}}) == "structured_outputs"
+    assert (
+        refused(server, {"prompt": "x", "structured_outputs": {"regex": "a", "choice": ["b"]}}) == "structured_outputs"
+    )
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,13 @@ def test_one_command_serves_the_shipped_pair_survives_kill_9_and_ends_on_sigterm
 def test_one_command_serves_replicas_behind_one_address() -> None:
     port, body = a_port(), json.dumps({"model": "pycode", "prompt": "def f(", "max_tokens": 5, "seed": 1}).encode()
     command = [sys.executable, "-m", "outrider.cli.main", "serve", "--port", str(port), "--replicas", "1"]
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
+    )
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        said = next((line for line in process.stderr if f"http://127.0.0.1:{port}" in line), "")  # to its end, if it ends
+        # to its end, if it ends
+        said = next((line for line in process.stderr if f"http://127.0.0.1:{port}" in line), "")
         assert said and process.poll() is None
         with urllib.request.urlopen(request, timeout=60) as reply:
             assert json.loads(reply.read())["usage"]["completion_tokens"] == 5

@@ -104,7 +104,9 @@ def test_every_api_reads_images(server: Running) -> None:
     assert found["output"][-1]["content"][0]["text"] == right
 
 
-def test_the_images_of_a_prompt_are_seen_one_between_two_steps(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_images_of_a_prompt_are_seen_one_between_two_steps(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each is a command of its own, which the next one follows only when it is done; then the prompt is queued."""
     reader, worker, done = engine().images, server.bridge.worker, list[str]()
 

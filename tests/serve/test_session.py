@@ -38,13 +38,22 @@ SCHEMAS = {t["function"]["name"]: jsonschema_rs.validator_for(t["function"]["par
 
 def recorded() -> list[dict[str, Any]]:
     """The requests of a session, each with the turns before it; the choices alternate."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": "You edit code."}, {"role": "user", "content": "fix it"}]
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "You edit code."},
+        {"role": "user", "content": "fix it"},
+    ]
     out = []
     for i in range(TURNS):
-        out.append({"model": "scripted", "messages": messages, "tools": TOOLS, "tool_choice": ("required", "auto")[i % 2]})
+        out.append(
+            {"model": "scripted", "messages": messages, "tools": TOOLS, "tool_choice": ("required", "auto")[i % 2]}
+        )
         call = json.loads(ANSWERS[i % 3])
         function = {"name": call["name"], "arguments": json.dumps(call["arguments"])}
-        said = {"role": "assistant", "content": None, "tool_calls": [{"id": f"c{i}", "type": "function", "function": function}]}
+        said = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": f"c{i}", "type": "function", "function": function}],
+        }
         messages = [*messages, said, {"role": "tool", "tool_call_id": f"c{i}", "content": f"result {i}"}]
     return out
 

@@ -151,7 +151,10 @@ def test_what_is_refused(hermes: Running, body: dict[str, Any], param: str) -> N
 def test_a_model_without_calls_takes_no_tools() -> None:
     with serving(engine=chat_engine("plain"), model="scripted", fixed=True) as running:
         body = {"model": "scripted", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
-        assert json.loads(running.call("POST", "/v1/chat/completions", body)[2])["choices"][0]["message"]["content"] == "Hello!"
+        assert (
+            json.loads(running.call("POST", "/v1/chat/completions", body)[2])["choices"][0]["message"]["content"]
+            == "Hello!"
+        )
         status, _, data = running.call("POST", "/v1/chat/completions", {**body, "tools": TOOLS})
         assert status == 400 and "--tool-format" in json.loads(data)["error"]["message"]
 
@@ -176,7 +179,8 @@ def test_thinking_comes_first_and_apart() -> None:
         assert plain["content"] == "Hello!" and "reasoning" not in plain
         back = {"role": "assistant", "content": "a", "reasoning": "b"}
         sizes = []
-        for more in (back, {"role": "assistant", "content": "a"}):  # both names are accepted in, and shown to the template
+        # both names are accepted in, and shown to the template
+        for more in (back, {"role": "assistant", "content": "a"}):
             said = ask(messages=[{"role": "user", "content": "hello"}, more, {"role": "user", "content": "hello"}])
             sizes.append(said["usage"]["prompt_tokens"])
         assert sizes[0] > sizes[1]

@@ -78,7 +78,10 @@ def attempt(kind: str, folder: Path) -> None:
     predict = METHODS[kind].predictor(1 if kind == "draft" else 3)
     config = LoopConfig(steps=STEPS, lr=1e-2, warmup=5, save_every_s=0.01)
     evaluate = partial(lambda f, m: f(m), measure_of(judge, predict, data, rows=4))
-    batches, loss = data, loss_of(judge, predict, scored=partial(METHODS[kind].scored, levels=1 if kind == "draft" else 3))
+    batches, loss = (
+        data,
+        loss_of(judge, predict, scored=partial(METHODS[kind].scored, levels=1 if kind == "draft" else 3)),
+    )
     if kind == "dflash":
         batches, loss = (
             Blocks(data, BLOCK, 6, 2),

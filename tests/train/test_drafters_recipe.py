@@ -50,7 +50,8 @@ def test_all_stages_in_order_and_again(recipe, tmp_path: Path, monkeypatch) -> N
     assert "| plain | 0 | 1 |" in text and "| Medusa | 1 | " in text and "| EAGLE, dynamic tree | 0 | " in text
     assert "| block diffusion | 1 | " in text
     weights = (tmp_path / "pair" / "eagle" / "model.safetensors").read_bytes()
-    for name, work in (("medusa", "hydra"), ("eagle", "eagle")):  # a training not at hand, and one stopped before its end
+    # a training not at hand, and one stopped before its end
+    for name, work in (("medusa", "hydra"), ("eagle", "eagle")):
         (config.work / work).rename(tmp_path / work)
         before = (tmp_path / "pair" / name / "README.md").read_text()
         recipe.main(config, ("cards",))

@@ -54,9 +54,7 @@ def test_the_whole_experiment(recipe, tmp_path: Path, capsys) -> None:
     results = report.read(one.work)
     assert len(results) == len(recipe.planned(one)) == 5 * 2 * 2 + 2 * 2
     longer = report.read(one.work, "longer")
-    assert (
-        set(longer) == set(recipe.planned_longer(one)) == {(a, 4, s, "training") for a in arms for s in (0, 1)}
-    )
+    assert set(longer) == set(recipe.planned_longer(one)) == {(a, 4, s, "training") for a in arms for s in (0, 1)}
     assert {r["steps"] for r in longer.values()} == {one.longer * one.steps}
     for (arm, block, seed, part), r in (*results.items(), *longer.items()):
         assert (r["arm"], r["block"], r["seed"], r["part"]) == (arm, block, seed, part)

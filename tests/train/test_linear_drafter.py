@@ -91,11 +91,15 @@ def test_its_training_says_what_it_needs_and_refuses_what_it_does_not_read(train
     assert METHOD["linear"].reads <= {f.name for f in fields(MethodOptions)}
 
 
-def test_what_it_needs_is_measured_on_the_texts_of_the_training(trained: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_needs_is_measured_on_the_texts_of_the_training(
+    trained: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Conversations stand there as the target's template writes them, and not as their contents."""
     folder, seen = trained[0], list[str]()
     talks = folder / "talks.jsonl"
-    talks.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}))
+    talks.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]})
+    )
     monkeypatch.setattr("outrider.train.estimate._seconds_of_text", lambda _, __, text: seen.append(text) or 0.0)
     estimate(replace(job(folder, 5), data=(talks,)))
     assert seen == ["user: hi</s><s>assistant: ho</s>"]

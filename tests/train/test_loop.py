@@ -53,7 +53,8 @@ def killed_at(step):
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"), [("lr", math.nan), ("lr", math.inf), ("lr", 0.0), ("save_every_s", math.nan), ("save_every_s", -1.0)]
+    ("name", "wrong"),
+    [("lr", math.nan), ("lr", math.inf), ("lr", 0.0), ("save_every_s", math.nan), ("save_every_s", -1.0)],
 )
 def test_settings_that_would_spoil_or_lose_a_training_are_refused(name: str, wrong: float) -> None:
     with pytest.raises(ConfigError):
@@ -172,7 +173,9 @@ def test_a_run_may_grow_and_not_shrink(tmp_path):
 def test_metrics_are_passed_on_as_they_are_printed(tmp_path):
     seen, said = [], []
     logs = [lambda step, values: seen.append((step, dict(values)))]
-    train(tiny(), BATCHES, loss_of, CONFIG, tmp_path, lambda model: {"accept_1": 0.5, "accept_2": 0.25}, said.append, logs)
+    train(
+        tiny(), BATCHES, loss_of, CONFIG, tmp_path, lambda model: {"accept_1": 0.5, "accept_2": 0.25}, said.append, logs
+    )
     lines = [values for step, values in seen if "loss" in values]
     assert [step for step, values in seen if "loss" in values] == [5, 10]
     assert all(set(v) == {"loss", "lr", "tokens_per_second", "minutes_left"} for v in lines)

@@ -46,7 +46,9 @@ def test_what_does_not_fit_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="has other sizes than this training"):
         run(replace(first, start=first.out, width=32), lambda _: None)
     for kind in ("draft", "mtp"):  # said before any work
-        with pytest.raises(ConfigError, match=f"{kind} does not read start; medusa, hydra, eagle, eagle1, dflash would"):
+        with pytest.raises(
+            ConfigError, match=f"{kind} does not read start; medusa, hydra, eagle, eagle1, dflash would"
+        ):
             replace(job("medusa", folder), kind=kind, start=first.out)
     with pytest.raises(ConfigError, match="repeats is a share"):
         replace(first, repeats=1.5)

@@ -124,7 +124,9 @@ def test_a_thousand_garbled_pages_end_nothing_and_are_said_once() -> None:
         assert watch.recent().tokens_per_pass == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("part", ["num_drafts_total", "num_draft_tokens_total", "n_decode_total", 'pos_total{position="0"}'])
+@pytest.mark.parametrize(
+    "part", ["num_drafts_total", "num_draft_tokens_total", "n_decode_total", 'pos_total{position="0"}']
+)
 def test_counts_so_small_that_their_ratios_are_no_numbers_are_unknown(part: str) -> None:
     """The record and the page are JSON, which has no infinity: one such page stopped every reading after it."""
     tiny = "\n".join(

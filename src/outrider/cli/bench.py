@@ -86,7 +86,13 @@ def configuration(
     named |= {k: getattr(options, k) for k in ("implementation", "device", "max_length")}
     turns = [list(row.turns) for row in prompts.rows if row.turns]
     named |= {"turns": turns} if turns else {}
-    return {**asked.plan, **drawn, **named, "arms": [(s.name, s.draft, s.length) for s in specs], "prompts": prompts.ids}
+    return {
+        **asked.plan,
+        **drawn,
+        **named,
+        "arms": [(s.name, s.draft, s.length) for s in specs],
+        "prompts": prompts.ids,
+    }
 
 
 def hand_out(document: dict[str, Any], records: list[Any], files: list[Path], asked: BenchOptions, json: bool) -> None:
@@ -101,9 +107,7 @@ def hand_out(document: dict[str, Any], records: list[Any], files: list[Path], as
     terminal.print_json(document) if json else print_table(document)
 
 
-def measure(
-    arms: list[Any], prompts: Ready, params: Any, plan: dict[str, int], log: Any, judge: Any
-) -> list[Any]:
+def measure(arms: list[Any], prompts: Ready, params: Any, plan: dict[str, int], log: Any, judge: Any) -> list[Any]:
     """Records of every arm on every group of prompts, kept in `log` as they come. judge: a target that scores them, or None."""
     from outrider.evaluate.measure import grouped, run_arms
     from outrider.evaluate.scoring.quality import with_quality
@@ -115,6 +119,4 @@ def measure(
 
     with terminal.loading(f"measuring {len(arms)} arms on {len(texts)} prompts") as progress:
         tick = terminal.counter(progress, len(groups) * plan["repeats"] * len(arms))
-        return run_arms(
-            arms, texts, params, **plan, later=prompts.later, progress=tick, known=log.known(), keep=keep
-        )
+        return run_arms(arms, texts, params, **plan, later=prompts.later, progress=tick, known=log.known(), keep=keep)

@@ -14,7 +14,11 @@ from outrider.evaluate.workloads import told
 
 def speedup_text(s: dict[str, Any]) -> str:
     """A speed-up with its interval, which one group of prompts does not have."""
-    between = f"{s['low']:.2f} to {s['high']:.2f}" if s["low"] is not None and math.isfinite(s["low"]) else "one group: no interval"
+    between = (
+        f"{s['low']:.2f} to {s['high']:.2f}"
+        if s["low"] is not None and math.isfinite(s["low"])
+        else "one group: no interval"
+    )
     return f"{s['value']:.2f} ({between}) {s['verdict']}"
 
 

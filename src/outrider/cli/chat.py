@@ -145,7 +145,9 @@ class Conversation:
         prompt: Any = line
         if self.template:
             shown, self.images = [{"type": "image", "image": path} for path in self.images], []
-            self.messages.append({"role": "user", "content": [*shown, {"type": "text", "text": line}] if shown else line})
+            self.messages.append(
+                {"role": "user", "content": [*shown, {"type": "text", "text": line}] if shown else line}
+            )
             try:
                 prompt = self._prompt(self.messages)
             except (RequestError, CapabilityError):

@@ -87,7 +87,9 @@ def show(plain: Any, spec: Any, prompt: str, params: Any) -> None:
         start = perf_counter()
         for event in engine.stream(prompt, params):
             console.print(coloured(engine, event), end="")
-        console.print(f"\n[dim]{tables.rate(params.max_tokens / (perf_counter() - start))} tokens/s while printing[/dim]")
+        console.print(
+            f"\n[dim]{tables.rate(params.max_tokens / (perf_counter() - start))} tokens/s while printing[/dim]"
+        )
     if terminal.plain(console):
         return
     key = Text.assemble(
@@ -173,7 +175,7 @@ def print_report(d: dict[str, Any]) -> None:
         side = d[name]
         table.add_row(
             name,
-            tables.rate(side['tokens_per_second']),
+            tables.rate(side["tokens_per_second"]),
             f"{tables.rate(side['low'])} to {tables.rate(side['high'])}",
             phase_bar(side["seconds"], 0 if terminal.plain(out) else 12),
         )

@@ -166,7 +166,9 @@ def print_speed(speed: dict[str, Any]) -> None:
         touched = ", ".join(f"{n}: {t:.1f}" for n, t in speed["experts"].items())
         say(f"experts of a layer that rows of random tokens touch, by rows: {touched}; those of a text touch fewer")
     if speed["with_draft"]:
-        each = ", ".join(f"{d['acceptance']:g}: {tables.rate(d['tokens'])} ({d['length']})" for d in speed["with_draft"])
+        each = ", ".join(
+            f"{d['acceptance']:g}: {tables.rate(d['tokens'])} ({d['length']})" for d in speed["with_draft"]
+        )
         say(f"with this draft, tokens/s by acceptance (tokens drafted a step): {each}")
 
 

@@ -66,17 +66,17 @@ def print_paper(d: dict[str, Any]) -> None:
             str(c["sequences"]),
             c["name"],
             str(c["length"]),
-            tables.rate(c['tokens_per_second']),
+            tables.rate(c["tokens_per_second"]),
             f"{c['per_sequence']:.1f}",
         ]
         cells += [
-            tables.rate(c['plain']),
+            tables.rate(c["plain"]),
             f"{c['speedup']:.2f}",
             f"{c['communication']:.0%}",
             f"{1e3 * c['first_token']:.0f}",
         ]
         table.add_row(
-            *cells, tables.rate(c['served_per_gpu']), *([f"{c['cost_per_million_tokens']:.2f}"] if priced else [])
+            *cells, tables.rate(c["served_per_gpu"]), *([f"{c['cost_per_million_tokens']:.2f}"] if priced else [])
         )
     tables.show(table, out)
     for line in d["assumptions"]:

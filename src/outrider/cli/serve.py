@@ -86,7 +86,9 @@ def application(options: EngineOptions, asked: ServeOptions, settings: Settings)
     return create_app(partial(load_engine, options, texts=False), settings, adaptive=False, past=past, trial=trial)
 
 
-def run(app: Any, asked: ServeOptions, settings: Settings, listener: socket.socket, beside: Beside | None = None) -> None:
+def run(
+    app: Any, asked: ServeOptions, settings: Settings, listener: socket.socket, beside: Beside | None = None
+) -> None:
     """Serve until it is told to end. beside: see `serve.server.Server`."""
     from outrider.serve.server import server_for, silent
 

@@ -72,7 +72,9 @@ def chain(
             f"most {16e-9 * MOST_ENTRIES:.0f} are taken: at {states} states that is --horizon {MOST_ENTRIES // states**2}"
         )
     if drafts > max(1, most := MOST_WORK // (states * states * horizon)):
-        raise ConfigError(f"--drafts {drafts} of {states} states and {horizon} tokens take hours: at most {max(1, most)}")
+        raise ConfigError(
+            f"--drafts {drafts} of {states} states and {horizon} tokens take hours: at most {max(1, most)}"
+        )
     with theory_errors():
         document = chain_document(states, horizon, seed, drafts, length)
     terminal.print_json(document) if json else print_chain(document)

@@ -258,7 +258,7 @@ def rows_table(d: dict[str, Any]) -> Table:
             *([f"{row['read_again']:.2f}"] if again else []),
             f"{1000 * row['draft_seconds']:.2f}",
             f"{1000 * row['verify_seconds']:.2f}",
-            tables.rate(row['tokens_per_second']),
+            tables.rate(row["tokens_per_second"]),
             f"{row['speedup']:.2f}",
             style="bold green" if row["length"] == d["best"]["length"] else "",
         )

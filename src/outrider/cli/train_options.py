@@ -100,7 +100,10 @@ class TrainOptions:
     levels: Annotated[
         int,
         typer.Option(
-            "--levels", min=1, max=16, help="Heads (medusa), levels trained (hydra, eagle, mtp) or drafted slots (dflash)."
+            "--levels",
+            min=1,
+            max=16,
+            help="Heads (medusa), levels trained (hydra, eagle, mtp) or drafted slots (dflash).",
         ),
     ] = 4
     blocks: Annotated[

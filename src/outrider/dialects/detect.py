@@ -23,7 +23,12 @@ TOOL = {
 }
 _OTHER = {"type": "function", "function": {**TOOL["function"], "name": _G}}
 _USER = {"role": "user", "content": "probe_user"}
-MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>"), ("<seed:think>", "</seed:think>"))
+MARKS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>thought\n", "<channel|>"),
+    ("<seed:think>", "</seed:think>"),
+)
 """How families mark thinking."""
 
 

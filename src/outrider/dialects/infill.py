@@ -37,7 +37,12 @@ def infill_of(vocabulary: Mapping[str, int]) -> Infill | None:
 
 
 def infilled(
-    family: Infill, vocabulary: Mapping[str, int], before: str, behind: str, encode: Callable[[str], list[int]], begin: list[int]
+    family: Infill,
+    vocabulary: Mapping[str, int],
+    before: str,
+    behind: str,
+    encode: Callable[[str], list[int]],
+    begin: list[int],
 ) -> tuple[list[int], tuple[int, ...]]:
     """(prompt, tokens that end the middle). encode: of plain text. begin: tokens that begin a text."""
     p, s = [vocabulary[family.prefix]], [vocabulary[family.suffix]]

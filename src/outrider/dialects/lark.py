@@ -96,7 +96,7 @@ class Writer:
         text = json.dumps({**without_looking_around(schema), "x-guidance": COMPACT})
         self._schemas += len(text)
         if self._schemas > MAX_SCHEMAS:
-            raise RequestError("the schemas of the tools are too long together: send fewer tools, or shorter definitions")
+            raise RequestError("the schemas of the tools are too long together: send fewer tools, or shorter schemas")
         return f"%json {text}"
 
 
@@ -174,7 +174,9 @@ def _kimi(w: Writer, form: Format, tools: Sequence[Tool], many: bool) -> str:
 
     def one(tool: Tool) -> str:
         head = w.spelled(f"{begin}functions.{tool.name}:", form.marks)
-        return f"{head} /[0-9]{{1,2}}/ {w.spelled(middle, form.marks)} {w.json(tool.schema)} {w.spelled(end, form.marks)}"
+        return (
+            f"{head} /[0-9]{{1,2}}/ {w.spelled(middle, form.marks)} {w.json(tool.schema)} {w.spelled(end, form.marks)}"
+        )
 
     call = _either(w, tools, one)
     return f"{call} {f'( {call} )*' if many else ''} {w.spelled(form.close, [form.close])}"
@@ -215,7 +217,7 @@ _TAGS = {
     "qwen3_coder": ("<parameter={}>", "\n", "\n</parameter>\n", "\n<function={}>\n", "</function>", "\n</tool_call>"),
     "glm": ("<arg_key>{}</arg_key>\n", "<arg_value>", "</arg_value>\n", "{}\n", "", "</tool_call>"),
     "minimax": ('<parameter name="{}">', "", "</parameter>\n", '\n<invoke name="{}">\n', "</invoke>", "\n</minimax:tool_call>"),
-}
+}  # fmt: skip
 
 
 def _gemma(w: Writer, form: Format, tools: Sequence[Tool], many: bool) -> str:
@@ -227,7 +229,7 @@ def _gemma(w: Writer, form: Format, tools: Sequence[Tool], many: bool) -> str:
 
 
 def _python(w: Writer, form: Format, tools: Sequence[Tool], many: bool) -> str:
-    text = w.rule(r'''/"([^"\\\n]|\\["'\\nrt])*"/ | /'([^'\\\n]|\\["'\\nrt])*'/''')
+    text = w.rule(r"""/"([^"\\\n]|\\["'\\nrt])*"/ | /'([^'\\\n]|\\["'\\nrt])*'/""")
     notation = _Notation(w, text, '"{}": ', ("True", "False", "None"))
 
     def one(tool: Tool) -> str:
@@ -271,14 +273,15 @@ class _Notation:
             needed = schema.get("required") if isinstance(schema.get("required"), list) else []
             names = sorted(schema["properties"], key=str.lower) if self.sort else list(schema["properties"])
             parts = [
-                (f"{w.text(self.key.format(n))} {self.value(schema['properties'][n], root, depth + 1)}", n in needed) for n in names
+                (f"{w.text(self.key.format(n))} {self.value(schema['properties'][n], root, depth + 1)}", n in needed)
+                for n in names
             ]
             return f'"{{" {_listed(w, parts, "," if self.sort else ", ")} "}}"'
         if name == "array":
             item = self.value(schema.get("items"), root, depth + 1)
             return f'"[" ( {item} ( /, ?/ {item} )* )? "]"'
         if name == "object":
-            key = '/[A-Za-z_][A-Za-z0-9_]*/ ":"' if self.sort else f'{self.text} /: ?/'
+            key = '/[A-Za-z_][A-Za-z0-9_]*/ ":"' if self.sort else f"{self.text} /: ?/"
             return f'"{{" ( {key} {self.any()} ( /, ?/ {key} {self.any()} )* )? "}}"'
         if name == "string":
             return self.text
@@ -327,7 +330,12 @@ def _harmony(w: Writer, form: Format, tools: Sequence[Tool], many: bool) -> str:
 def _to_function(w: Writer, form: Format, tools: Sequence[Tool]) -> str:
     """gpt-oss's call from the function's name on: the channel may stand before or behind it."""
     _, message, constrain = form.marks[:3]
-    heads = [f" {constrain}json{message}", f"{form.open}commentary json{message}", f"{form.open}commentary{message}", message]
+    heads = [
+        f" {constrain}json{message}",
+        f"{form.open}commentary json{message}",
+        f"{form.open}commentary{message}",
+        message,
+    ]
     middle = " | ".join(w.spelled(head, [form.open, *form.marks]) for head in heads)
     return _either(w, tools, lambda t: f"{w.text(t.name)} ( {middle} ) {w.json(t.schema)}")
 

@@ -212,7 +212,9 @@ class Reader:
         form = self._form
         assert form is not None
         found = form.after.match(self._buffer)
-        if found and (form.after.pattern == "" or found.end() < len(self._buffer) or last or _closed(form, found.group())):
+        if found and (
+            form.after.pattern == "" or found.end() < len(self._buffer) or last or _closed(form, found.group())
+        ):
             self._buffer = self._buffer[found.end() :]
             self._state = "head" if found.groupdict().get("more") is not None else "text"
         elif last or len(self._buffer) > LOST:

@@ -64,7 +64,13 @@ def types_of(schema: Any) -> tuple[str, ...]:
     if not isinstance(schema, dict):
         return ()
     named = schema.get("type")
-    out = [named] if isinstance(named, str) else [t for t in named if isinstance(t, str)] if isinstance(named, list) else []
+    out = (
+        [named]
+        if isinstance(named, str)
+        else [t for t in named if isinstance(t, str)]
+        if isinstance(named, list)
+        else []
+    )
     for union in ("anyOf", "oneOf"):
         for branch in schema.get(union) or () if isinstance(schema.get(union), list) else ():
             out += types_of(branch)
@@ -97,7 +103,9 @@ def said(raw: str) -> Any:
     value = json.loads(raw, parse_constant=str, parse_float=_held)
     if not _HALVES.search(raw):
         return value
-    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return json.loads(
+        json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    )
 
 
 def arguments(text: str | None) -> dict[str, Any]:

@@ -109,7 +109,9 @@ class EngineCore:
         return self.state.hooks.controller
 
     def __reduce__(self) -> Any:
-        raise TypeError("an engine holds a model and locks, and cannot be copied or sent to another process: build one there")
+        raise TypeError(
+            "an engine holds a model and locks, and cannot be copied or sent to another process: build one there"
+        )
 
     # ------------------------------------------------------------------ requests
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, request: str | None = None) -> str:

@@ -19,9 +19,7 @@ class Intake:
     images: of a target that reads images.
     """
 
-    def __init__(
-        self, tokenizer: Any, pipeline: LogitsPipeline, most: int, images: ImageReader | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Any, pipeline: LogitsPipeline, most: int, images: ImageReader | None = None) -> None:
         self.tokenizer, self.pipeline, self.most = tokenizer, pipeline, most
         self._images = images
         self._special: dict[int, str] | None = None

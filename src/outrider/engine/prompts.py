@@ -46,7 +46,11 @@ def as_params(params: Any) -> SamplingParams:
     """Sampling parameters as they are given. Raises RequestError for anything else, such as a mapping of them."""
     if isinstance(params, SamplingParams):
         return params
-    how = "write SamplingParams(**params)" if isinstance(params, Mapping) else "write SamplingParams(temperature=0.7), for example"
+    how = (
+        "write SamplingParams(**params)"
+        if isinstance(params, Mapping)
+        else "write SamplingParams(temperature=0.7), for example"
+    )
     raise RequestError(f"sampling parameters are SamplingParams, not {type(params).__name__}: {how}")
 
 

@@ -55,7 +55,9 @@ def verify(parts: Parts, works: list[StepWork], rows: Rows, scores: Scores, draf
         p = parts.pipeline(scores.logits, *row_contexts(draft, views))
         verdict, unusable = judge(parts.rule, p, draft, noise_of(views), allowances(parts.rule, works), bad)
     if problem := strange_verdict(verdict, draft, parts.target.vocab_size):
-        raise CapabilityError(f"the rule {type(parts.rule).__name__} {problem} (outrider.testing.check_rule tries its contracts)")
+        raise CapabilityError(
+            f"the rule {type(parts.rule).__name__} {problem} (outrider.testing.check_rule tries its contracts)"
+        )
     return VerifiedStep(rows, scores, draft, verdict, unusable)
 
 

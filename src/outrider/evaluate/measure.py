@@ -241,7 +241,9 @@ def run_arms(
 def check_answered(records: Seq[Record]) -> None:
     """Raise ConfigError if every request failed and none has a token: that is no failure of single ones."""
     if records and all(r.failed and not r.tokens for r in records):
-        raise ConfigError("no request was answered, so that nothing was measured: `outrider generate` with this target says why")
+        raise ConfigError(
+            "no request was answered, so that nothing was measured: `outrider generate` with this target says why"
+        )
 
 
 @cache

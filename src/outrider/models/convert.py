@@ -143,7 +143,9 @@ def _stored(name: str, values: Tensor, block: BlockType) -> Tensor:
     """Rows as a type stores them. Raises ConfigError for what no file that can be read has: values that are no finite numbers, or
     too large for the type."""
     if not bool(values.isfinite().all()):
-        raise ConfigError(f"tensor {name} has values that are no finite numbers: the checkpoint is damaged, download it again")
+        raise ConfigError(
+            f"tensor {name} has values that are no finite numbers: the checkpoint is damaged, download it again"
+        )
     rows = quantise(values, block)
     if not finite(Segment(block, rows)):
         raise ConfigError(f"tensor {name} has values that are too large for {block.name}: choose bf16 or f32")

@@ -83,7 +83,8 @@ FAMILIES = {
     "llama": Family(frozenset({"attention_bias", "mlp_bias"}), max_length=2048),
     "qwen2": Family(WINDOWS, kv_heads=32, qkv_bias=True),
     "qwen3": Family(WINDOWS | {"attention_bias"}, kv_heads=32, head_dim=128, qk_norm="head"),
-    "mistral": Family(frozenset({"sliding_window", "layer_types"}), kv_heads=8, max_length=131072),  # Ministral, if they are named
+    # Ministral, if layer types are named
+    "mistral": Family(frozenset({"sliding_window", "layer_types"}), kv_heads=8, max_length=131072),
     "gemma": Family(frozenset({"attention_bias"}), kv_heads=16, **_GEMMA),  # type: ignore[arg-type]
     "gemma2": Family(_GEMMA_KEYS | {"attn_logit_softcapping"}, pattern=2, **_GEMMA_LATER),  # type: ignore[arg-type]
     "gemma3_text": Family(

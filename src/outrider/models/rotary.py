@@ -47,7 +47,8 @@ def rope_keys_by_kind(raw: dict, family: Family) -> tuple[dict, dict]:
     own = [given.get("full_attention") or {}, given.get("sliding_attention") or {}, raw.get("rope_scaling") or {}]
     if not all(isinstance(part, dict) for part in own):
         raise Unsupported("its rotary parameters are not keys with values")
-    unscaled = {} if raw.get("rope_parameters") else {"rope_type": "default"}  # there `type`, the older name, says nothing
+    # there `type`, the older name, says nothing
+    unscaled = {} if raw.get("rope_parameters") else {"rope_type": "default"}
     full = {"rope_theta": raw.get("rope_theta", family.theta)} | unscaled | own[0] | own[2]
     local = {"rope_theta": raw.get("rope_local_base_freq", 1e4)} | own[1]
     return rope_keys({"rope_parameters": full}, family.theta), rope_keys({"rope_parameters": local}, family.theta)

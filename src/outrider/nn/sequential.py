@@ -67,7 +67,10 @@ class NativeSequence:
         self._forward = library.outrider_sequence_forward
         self._address = address_of(self._forward)
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
-        library.outrider_sequence_new.argtypes, library.outrider_sequence_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
+        library.outrider_sequence_new.argtypes, library.outrider_sequence_new.restype = (
+            (ctypes.c_void_p,),
+            ctypes.c_void_p,
+        )
         library.outrider_sequence_free.argtypes, library.outrider_sequence_free.restype = (ctypes.c_void_p,), None
         self._blocks = (_Block * len(blocks))(
             *(_Block(held.vector(n), held.linear(gate_up), held.linear(down)) for n, gate_up, down in blocks)

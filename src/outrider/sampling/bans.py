@@ -11,7 +11,9 @@ from torch import Tensor
 from outrider.params import SamplingParams
 
 
-def rule_out(row: Float[Tensor, "V"], params: SamplingParams, tokens: Sequence[int], prompt: int, path: Sequence[int]) -> None:
+def rule_out(
+    row: Float[Tensor, "V"], params: SamplingParams, tokens: Sequence[int], prompt: int, path: Sequence[int]
+) -> None:
     """Forbid tokens of one row, in place. tokens: of prompt and output, the first `prompt` of them the prompt. path: the drafted
     tokens behind them. A ban that would leave no possible token is not applied."""
     before = row.clone()

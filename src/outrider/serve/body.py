@@ -65,7 +65,9 @@ def parsed(data: bytes, values: int) -> Any:
     """The value of a body. Raises BadField for bad JSON, or for more than the allowed contents."""
     check(data, values)
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_once)
+        value = json.loads(
+            data.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_once
+        )
         if _HALVES.search(data):
             _check_characters(value)
         return value

@@ -37,7 +37,7 @@ LOADING = "the engine is still loading: try again in some seconds"
 REUSE = {
     "prefix_cache_queries": ("Tokens of the prompts that entered the engine.", "asked"),
     "prefix_cache_hits": ("Those of them that it did not have to compute.", "reused"),
-    "preemptions": ("Sequences that went back to the queue because the cache was full; they are computed again.", "preempted"),
+    "preemptions": ("Sequences that went back to the queue for want of cache, to be computed again.", "preempted"),
 }
 """Counter -> its help text, and the sum of `engine.room.Reuse` that it is."""
 

@@ -132,8 +132,10 @@ async def by_token(scores: PromptScores, top: int, spelling: Spelling) -> list[d
             await asyncio.sleep(0)
         ranked = {token: (value, i + 1) for i, (token, value) in enumerate(entry.top[:top])}
         ranked[entry.token] = (entry.logprob, rank)
-        out.append({
-            str(token): {"logprob": max(value, LOWEST), "rank": place, "decoded_token": spelling.text(token)}
-            for token, (value, place) in ranked.items()
-        })
+        out.append(
+            {
+                str(token): {"logprob": max(value, LOWEST), "rank": place, "decoded_token": spelling.text(token)}
+                for token, (value, place) in ranked.items()
+            }
+        )
     return out

@@ -34,7 +34,11 @@ class Scoring:
     """Prompts of a request whose log-probabilities are wanted. top: likely tokens beside each. answer: gets them, or the error."""
 
     def __init__(
-        self, ticket: Ticket, prompts: list[list[int]], top: int, answer: Callable[[list[PromptScores] | OutriderError], None]
+        self,
+        ticket: Ticket,
+        prompts: list[list[int]],
+        top: int,
+        answer: Callable[[list[PromptScores] | OutriderError], None],
     ) -> None:
         self.ticket, self.answer, self.done = ticket, answer, list[PromptScores]()
         self._left, self._top = deque(prompts), top

@@ -76,7 +76,9 @@ def grammar_of(request: CompletionRequest | ChatRequest) -> str | None:
     formed = None if request.response_format is None else _of_format(request.response_format)
     structured = None if request.structured_outputs is None else _structured(request.structured_outputs)
     if formed is not None and structured is not None:
-        raise BadField("response_format and structured_outputs exclude each other: send one of them", "structured_outputs")
+        raise BadField(
+            "response_format and structured_outputs exclude each other: send one of them", "structured_outputs"
+        )
     return structured if formed is None else formed
 
 
@@ -85,9 +87,15 @@ def _structured(wanted: StructuredOutputs) -> str | None:
     kinds = ("json_", "regex", "choice", "grammar", "json_object")
     given = [name for name in kinds if getattr(wanted, name) is not None]
     if len(given) != 1:
-        raise BadField("structured_outputs takes one of json, regex, choice, grammar, json_object", "structured_outputs")
-    if wanted.whitespace_pattern is not None and (wanted.disable_any_whitespace or given[0] not in ("json_", "json_object")):
-        raise BadField("whitespace_pattern goes with json or json_object, without disable_any_whitespace", "structured_outputs")
+        raise BadField(
+            "structured_outputs takes one of json, regex, choice, grammar, json_object", "structured_outputs"
+        )
+    if wanted.whitespace_pattern is not None and (
+        wanted.disable_any_whitespace or given[0] not in ("json_", "json_object")
+    ):
+        raise BadField(
+            "whitespace_pattern goes with json or json_object, without disable_any_whitespace", "structured_outputs"
+        )
     if wanted.regex is not None:
         return f"regex:{wanted.regex}"
     if wanted.grammar is not None:

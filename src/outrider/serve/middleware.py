@@ -136,7 +136,9 @@ def _explained(request: Request, error: Exception) -> Exception:
     if error.status_code == 404:
         return HTTPException(404, f"there is nothing at {place}: /openapi.json lists what this server has", more)
     if error.status_code == 405:
-        return HTTPException(405, f"{place} does not answer {request.method[:16]}: use {more.get('Allow', 'another method')}", more)
+        return HTTPException(
+            405, f"{place} does not answer {request.method[:16]}: use {more.get('Allow', 'another method')}", more
+        )
     return error
 
 

@@ -59,7 +59,9 @@ def rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> 
         raise Refused(type(error).__name__ + (f": {said}" if said else "")) from None
 
 
-def conversation(tokenizer: Any, messages: list[dict[str, Any]], special: bool, **options: Any) -> tuple[list[int], str]:
+def conversation(
+    tokenizer: Any, messages: list[dict[str, Any]], special: bool, **options: Any
+) -> tuple[list[int], str]:
     """The prompt of a conversation, and the end of its text. options: see `rendered`.
 
     special: let the tokenizer add its special tokens to the template's output, which usually has them already.

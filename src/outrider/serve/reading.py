@@ -109,19 +109,25 @@ class Reading:
         before, behind = await self.read(texts, False, most, owner)
         begin = getattr(tokenizer, "bos_token_id", None)
         known = dict(zip(texts, (before, behind), strict=True))
-        ids, ends = infilled(family, vocabulary, texts[0], texts[1], known.__getitem__, [begin] if isinstance(begin, int) else [])
+        ids, ends = infilled(
+            family, vocabulary, texts[0], texts[1], known.__getitem__, [begin] if isinstance(begin, int) else []
+        )
         return [ids], ends
 
     def shown(self, body: CompletionRequest, prompts: list[list[int]]) -> list[str]:
         """The texts of prompts, as an echo shows them."""
         tokenizer = self.bridge.engine.tokenizer
-        decode = (lambda ids: "") if tokenizer is None else (lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+        decode = (
+            (lambda ids: "") if tokenizer is None else (lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+        )
         return [p if isinstance(p, str) else decode(ids) for p, ids in zip(body.prompts, prompts, strict=True)]
 
     def _beginning(self) -> list[int]:
         begin = getattr(self.bridge.engine.tokenizer, "bos_token_id", None)
         if not isinstance(begin, int):
-            raise BadField("the prompt is empty, and this model has no token that begins a text: give some text", "prompt")
+            raise BadField(
+                "the prompt is empty, and this model has no token that begins a text: give some text", "prompt"
+            )
         return [begin]
 
     async def predicted(self, body: RequestFields, owner: int) -> tuple[int, ...]:
@@ -219,9 +225,13 @@ class Reading:
         options = template_kwargs(body, speech)
         goes_on = body.continue_final_message is True
         if goes_on and body.add_generation_prompt is True:
-            raise BadField("continue_final_message and add_generation_prompt exclude each other", "continue_final_message")
+            raise BadField(
+                "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
+            )
         if goes_on and body.messages[-1].role != "assistant":
-            raise BadField("continue_final_message continues a message of the assistant: let the last one be", "messages")
+            raise BadField(
+                "continue_final_message continues a message of the assistant: let the last one be", "messages"
+            )
         options["add_generation_prompt"] = not goes_on and body.add_generation_prompt is not False
         if goes_on:
             options["continue_final_message"] = True

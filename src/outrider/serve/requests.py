@@ -21,7 +21,10 @@ MAX_URL = 28_000_000
 """Longest data URL of an image: a file of 20 MiB."""
 
 GONE = {
-    **{f"guided_{kind}": f'send "structured_outputs": {{"{kind}": ...}}' for kind in ("json", "regex", "choice", "grammar")},
+    **{
+        f"guided_{kind}": f'send "structured_outputs": {{"{kind}": ...}}'
+        for kind in ("json", "regex", "choice", "grammar")
+    },
     "guided_decoding_backend": "leave it out, there is one",
     "guided_whitespace_pattern": 'send "structured_outputs": {"json": ..., "whitespace_pattern": ...}',
     "guided_json_object": 'send "structured_outputs": {"json_object": true}',

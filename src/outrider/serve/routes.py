@@ -103,7 +103,9 @@ class OpenAI:
         """The checked body of a request."""
         return parse(kind, await self.raw(request), GONE)
 
-    async def begin(self, body: Body, owner: int = 0, who: str | None = None, chat: type[ChatReply] = ChatReply) -> Reply:
+    async def begin(
+        self, body: Body, owner: int = 0, who: str | None = None, chat: type[ChatReply] = ChatReply
+    ) -> Reply:
         """Take a place for `owner`, prepare the prompts, and queue them. On failure the place is given back.
 
         who: the request's user, for an experiment; None: it takes part in none, as a request with its own speculation options.
@@ -151,7 +153,9 @@ class OpenAI:
             params = join(self.trial, who, ticket, params)
         top = wanted(body)
         if top is not None and any(isinstance(prompt, ImagePrompt) for prompt in prompts):
-            raise BadField("log-probabilities of a prompt with images are not computed: leave them out", "prompt_logprobs")
+            raise BadField(
+                "log-probabilities of a prompt with images are not computed: leave them out", "prompt_logprobs"
+            )
         if top is not None:
             check_scores(prompts, body.samples, top)
         scores = None if top is None else await self.bridge.score(ticket, prompts, top)

@@ -125,7 +125,9 @@ def block(p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> BlockResult | 
     if compiled is None:
         return None
     count, nodes = len(draft.counts), len(draft.parent)
-    whole = array("q", [*draft.counts, *draft.tokens, *(q.row if q is not None else (POINT_MASS,) * nodes), *noise.position])
+    whole = array(
+        "q", [*draft.counts, *draft.tokens, *(q.row if q is not None else (POINT_MASS,) * nodes), *noise.position]
+    )
     seed, out, ledger = array("Q", noise.keys), array("q", bytes(16 * count + 8)), array("d", bytes(16 * count))
     coins = array("d") if type(noise) is Noise else array("d", _coins(draft, noise))
     at, found, sums = whole.buffer_info()[0], out.buffer_info()[0], ledger.buffer_info()[0]

@@ -21,7 +21,8 @@ def test_aiperf(pair_url: str, kind: str, tmp_path: Path) -> None:
         "--extra-inputs", "ignore_eos:true", "--request-count", "4", "--concurrency", "2", "--ui-type", "none",
         "--artifact-dir", str(tmp_path / "out"),
     ]  # fmt: skip
-    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # with it AIPerf takes no folder
+    # with it AIPerf takes no folder
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (path,) = (tmp_path / "out").rglob("profile_export_aiperf.json")

@@ -7,8 +7,13 @@ from typing import Any
 
 def test_anthropic(url: str) -> None:
     import anthropic
+
     client = anthropic.Anthropic(base_url=url, api_key="unused", max_retries=0)
-    tool = {"name": "look_up", "description": "d", "input_schema": {"type": "object", "properties": {"place": {"type": "string"}}}}
+    tool = {
+        "name": "look_up",
+        "description": "d",
+        "input_schema": {"type": "object", "properties": {"place": {"type": "string"}}},
+    }
     given: dict[str, Any] = {"model": "scripted", "max_tokens": 100, "extra_body": {"temperature": 0}, "tools": [tool]}
     messages: list[Any] = [{"role": "user", "content": "weather"}]
     first = client.messages.create(messages=messages, **given)

@@ -10,6 +10,7 @@ os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "true", "LITELLM_MODE": "PRODUCTI
 
 def test_litellm(url: str) -> None:
     import litellm
+
     parameters = {"type": "object", "properties": {"place": {"type": "string"}}}
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": parameters}}]
     given = {"model": "openai/scripted", "api_base": f"{url}/v1", "api_key": "unused", "temperature": 0}

@@ -45,7 +45,9 @@ def test_codex_exec(agent_url: str, place: Path, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(settings)
     env = os.environ | {"CODEX_HOME": str(tmp_path), "LOCAL_KEY": "unused"}
     command = [program("@openai/codex", "codex"), "exec", "--skip-git-repo-check", "--json", "use the shell"]
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, cwd=place, env=env, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
+    )
     events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     texts = json.dumps(events)
     assert "from-the-shell" in texts and "All done here." in texts, (done.stdout[-2000:], done.stderr[-2000:])
@@ -54,8 +56,18 @@ def test_codex_exec(agent_url: str, place: Path, tmp_path: Path) -> None:
 def test_qwen_code(agent_url: str, place: Path, tmp_path: Path) -> None:
     env = os.environ | {"OPENAI_API_KEY": "unused", "OPENAI_BASE_URL": f"{agent_url}/v1"}
     env |= {"OPENAI_MODEL": "scripted", "HOME": str(tmp_path)}
-    command = [program("@qwen-code/qwen-code", "qwen"), "-p", "list the folder", "--auth-type", "openai", "--approval-mode", "yolo"]
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+    command = [
+        program("@qwen-code/qwen-code", "qwen"),
+        "-p",
+        "list the folder",
+        "--auth-type",
+        "openai",
+        "--approval-mode",
+        "yolo",
+    ]
+    done = subprocess.run(
+        command, cwd=place, env=env, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
+    )
     assert "All done here." in done.stdout, (done.stdout[-2000:], done.stderr[-2000:])
 
 

@@ -26,13 +26,28 @@ EXPECTED = {
     "qwen3": "hermes", "qwen3_5_think": "qwen3_coder", "qwen3_5_nothink": "qwen3_coder", "qwen3_vl": "hermes",
     "gemma": None, "llama3": None, "phi3": None, "cohere": None,
 }  # fmt: skip
-PARAMETERS = {"type": "object", "properties": {"place": {"type": "string"}, "n": {"type": "integer"}}, "required": ["place"]}
-ENDS = ("<|im_end|>", "<turn|>", "<|eot_id|>", "<EOS>", "<｜end▁of▁sentence｜>", "<|call|>", "<|tool_response>", "<|observation|>")
+PARAMETERS = {
+    "type": "object",
+    "properties": {"place": {"type": "string"}, "n": {"type": "integer"}},
+    "required": ["place"],
+}
+ENDS = (
+    "<|im_end|>",
+    "<turn|>",
+    "<|eot_id|>",
+    "<EOS>",
+    "<｜end▁of▁sentence｜>",
+    "<|call|>",
+    "<|tool_response>",
+    "<|observation|>",
+)
 
 
 def rendered(template: str, messages: list[dict[str, Any]], **options: Any) -> str:
     given = {"add_generation_prompt": False, **options}
-    return jinja.render_jinja_template([messages], chat_template=template, bos_token="<BOS>", eos_token="<EOS>", **given)[0][0]
+    return jinja.render_jinja_template(
+        [messages], chat_template=template, bos_token="<BOS>", eos_token="<EOS>", **given
+    )[0][0]
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
@@ -46,7 +61,10 @@ def test_a_real_template(name: str) -> None:
     names = ["first_f", "second_f"][: 2 if dialect.parallel else 1]
     tools = [{"type": "function", "function": {"name": n, "description": "d", "parameters": PARAMETERS}} for n in names]
     given = json.dumps(arguments) if dialect.texts else arguments
-    calls = [{"id": f"call1234{i}", "type": "function", "function": {"name": n, "arguments": given}} for i, n in enumerate(names)]
+    calls = [
+        {"id": f"call1234{i}", "type": "function", "function": {"name": n, "arguments": given}}
+        for i, n in enumerate(names)
+    ]
     user = {"role": "user", "content": "hi"}
     prompt = rendered(template, [user], tools=tools, add_generation_prompt=True)
     whole = rendered(template, [user, {"role": "assistant", "content": "Sure.", "tool_calls": calls}], tools=tools)

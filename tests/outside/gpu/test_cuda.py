@@ -110,7 +110,9 @@ def test_trainings_run_here_and_their_drafters_serve(kind: str, tmp_path: Path, 
     report = run(job, lambda _: None)
     assert report["steps"] == 6 and all(v == v for v in report.values() if isinstance(v, float))
     assert report == run(job, lambda _: None) | {"seconds": report["seconds"], "computing": report["computing"]}
-    name = {"dflash": "dflash:", "medusa": "medusa:", "hydra": "medusa:", "mtp": "mtp:", "draft": ""}.get(kind, "eagle:")
+    name = {"dflash": "dflash:", "medusa": "medusa:", "hydra": "medusa:", "mtp": "mtp:", "draft": ""}.get(
+        kind, "eagle:"
+    )
     served = build_engine(
         shipped("target"),
         f"{name}{tmp_path / 'out'}",

@@ -58,9 +58,9 @@ def test_a_folder_is_read_by_its_own_processor(make: Any, tmp_path: Path) -> Non
     expected = [kit.text(text, images, NEW) for text, images in asked]
     assert expected[0] != kit.text(asked[0][0], [picture(9)], NEW)
     for draft, length in (("none", 0), ("ngram", 3)):
-        engine = Engine.build(target=str(tmp_path), draft=draft, length=length, slots=2, max_length=400, dtype="float32")
+        engine = Engine.build(
+            target=str(tmp_path), draft=draft, length=length, slots=2, max_length=400, dtype="float32"
+        )
         prompts = [engine.images.read(text, images) for text, images in asked]
         found = engine.generate(prompts, SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True))
         assert [list(result.outputs[0].token_ids) for result in found] == expected
-
-

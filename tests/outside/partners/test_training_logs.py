@@ -29,7 +29,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--out", "out", "--rows", "12", "--held-out", "4", "--prompt", "8", "--length", "24", "--steps", "4", "--batch", "4",
         "--levels", "2", "--log", "tensorboard", "--log", "wandb",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=place, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=place, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (found,) = (place / "work").rglob("metrics.jsonl")
     return found.parent

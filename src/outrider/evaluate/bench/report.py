@@ -49,7 +49,11 @@ def write_html(path: Path, document: dict[str, Any], records: Sequence[Record], 
 def unfinished(records: Sequence[Record]) -> list[str]:
     """How many conversations were not asked to their end, if there are any."""
     count = sum(r.shortened for r in records)
-    return [f"<p>Conversations that ended before their last turn, which did not fit or was refused: {count}.</p>"] if count else []
+    return (
+        [f"<p>Conversations that ended before their last turn, which did not fit or was refused: {count}.</p>"]
+        if count
+        else []
+    )
 
 
 def warning(document: dict[str, Any]) -> list[str]:

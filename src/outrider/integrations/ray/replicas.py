@@ -54,9 +54,7 @@ class Deployment:
 class Replica:
     """One engine with the server's application around it, called by the front."""
 
-    async def __init__(
-        self, options: EngineOptions, settings: Settings, experiment: str | None
-    ) -> None:
+    async def __init__(self, options: EngineOptions, settings: Settings, experiment: str | None) -> None:
         """Returns when it serves. Raises what the engine's construction raises."""
         from ray import serve
 
@@ -207,7 +205,8 @@ def serve_on_ray(options: EngineOptions, asked: Deployment, settings: Settings) 
     from outrider.evaluate.experiments.placer import placer_of
 
     if asked.experiment is not None:
-        placer_of(asked.experiment, options, fixed=options.follows == "fixed")  # a wrong one is told before anything is started
+        # a wrong one is told before anything is started
+        placer_of(asked.experiment, options, fixed=options.follows == "fixed")
     here = {} if asked.address else {"num_cpus": (asked.most or asked.replicas) * asked.threads + 1}
     ray = connect(asked.address, **here)
     from ray import serve

@@ -69,7 +69,8 @@ def parse(body: bytes, wanted: frozenset[str]) -> Page:
     samples: dict[str, list[Sample]] = {}
     odd = set[str]()
     try:
-        for family in text_fd_to_metric_families(_timed(lines)):  # type: ignore[arg-type]  # it only goes through the lines
+        # it only goes through the lines
+        for family in text_fd_to_metric_families(_timed(lines)):  # type: ignore[arg-type]
             for sample in family.samples:
                 good = math.isfinite(sample.value) and 0 <= sample.value <= LARGEST
                 samples.setdefault(sample.name, []).append(sample) if good else odd.add(sample.name)

@@ -184,60 +184,65 @@ class Watch:
         """What is known now, as plain data that JSON has: `outrider watch --once --json` prints it."""
         whole, gauges = self.lifetime(), {} if self.seen is None else self.seen.gauges
         recent = document(self.recent()) if len(self.history) > 1 else None
-        return finite({
-            "url": self.url,
-            "answers": self.answers,
-            "engine": None if self.seen is None else self.seen.flavour,
-            "version": self.identity.version,
-            "model": self.identity.model,
-            "watched_by": f"outrider {__version__}",
-            "at": self.history[-1].t if self.history else None,
-            "since_start": document(whole),
-            "recent": recent,
-            "passes_counted_by": "" if self.seen is None else self.seen.how,
-            "now": {
-                k: gauges.get(k) for k in ("running", "waiting", "kv", "length", "speedup", "break_even", "evidence")
-            },
-            "reported_acceptance_length": gauges.get("reported"),
-            "restarts": max(0, self.sums.lives - 1),
-            "alerts": [row["name"] for row in self.alerts.table() if row["firing"]],
-            "cannot_tell": cannot(self.flavour, whole, gauges),
-            "problems": list(self.problems),
-            "faults": dict(self.faults),
-        })
+        return finite(
+            {
+                "url": self.url,
+                "answers": self.answers,
+                "engine": None if self.seen is None else self.seen.flavour,
+                "version": self.identity.version,
+                "model": self.identity.model,
+                "watched_by": f"outrider {__version__}",
+                "at": self.history[-1].t if self.history else None,
+                "since_start": document(whole),
+                "recent": recent,
+                "passes_counted_by": "" if self.seen is None else self.seen.how,
+                "now": {
+                    k: gauges.get(k)
+                    for k in ("running", "waiting", "kv", "length", "speedup", "break_even", "evidence")
+                },
+                "reported_acceptance_length": gauges.get("reported"),
+                "restarts": max(0, self.sums.lives - 1),
+                "alerts": [row["name"] for row in self.alerts.table() if row["firing"]],
+                "cannot_tell": cannot(self.flavour, whole, gauges),
+                "problems": list(self.problems),
+                "faults": dict(self.faults),
+            }
+        )
 
     def state(self, after: float = 0.0) -> dict[str, Any]:
         """What the page shows, in the shape of our server's /outrider/state. after: leaves out the history up to this time."""
         whole, gauges = self.lifetime(), {} if self.seen is None else self.seen.gauges
         kept = list(self.history)  # readings come from another thread
-        return finite({
-            "server": {
-                "model": self.identity.model or self.url.partition("://")[2],
-                "watched": self.url,
-                "engine": None if self.seen is None else self.seen.flavour,
-                "version": self.identity.version,
-                "uptime": monotonic() - self.began,
-                "longest": max(round(gauges.get("length", 0.0)), len(whole.at("accepted_at"))),
-                "ready": self.answers,
-                "notices": self.problems[-20:],
-                "missing": missing(whole, gauges),
-                "cannot": cannot(self.flavour, whole, gauges),
-                "how": "" if self.seen is None else self.seen.how,
-                "restarts": max(0, self.sums.lives - 1),
-            },
-            "now": _row(kept[-1] if kept else Sample(self.clock(), {}, {}, 0)),
-            "positions": {"judged": whole.judged_at(), "accepted": whole.at("accepted_at")},
-            "rejections": whole.rejections(),
-            "ledger": _ledger(whole, gauges) if "risk" in whole.sums else None,
-            "outlook": _outlook(gauges),
-            "speeds": [],
-            "resources": self._resources(gauges),
-            "alerts": self.alerts.table(),
-            "requests": [],
-            "outcomes": {k: round(v) for k, v in whole.under("ended").items()},
-            "refused": {},
-            "history": [_row(s) for s in kept if s.t > after],
-        })
+        return finite(
+            {
+                "server": {
+                    "model": self.identity.model or self.url.partition("://")[2],
+                    "watched": self.url,
+                    "engine": None if self.seen is None else self.seen.flavour,
+                    "version": self.identity.version,
+                    "uptime": monotonic() - self.began,
+                    "longest": max(round(gauges.get("length", 0.0)), len(whole.at("accepted_at"))),
+                    "ready": self.answers,
+                    "notices": self.problems[-20:],
+                    "missing": missing(whole, gauges),
+                    "cannot": cannot(self.flavour, whole, gauges),
+                    "how": "" if self.seen is None else self.seen.how,
+                    "restarts": max(0, self.sums.lives - 1),
+                },
+                "now": _row(kept[-1] if kept else Sample(self.clock(), {}, {}, 0)),
+                "positions": {"judged": whole.judged_at(), "accepted": whole.at("accepted_at")},
+                "rejections": whole.rejections(),
+                "ledger": _ledger(whole, gauges) if "risk" in whole.sums else None,
+                "outlook": _outlook(gauges),
+                "speeds": [],
+                "resources": self._resources(gauges),
+                "alerts": self.alerts.table(),
+                "requests": [],
+                "outcomes": {k: round(v) for k, v in whole.under("ended").items()},
+                "refused": {},
+                "history": [_row(s) for s in kept if s.t > after],
+            }
+        )
 
     def _resources(self, gauges: dict[str, float]) -> dict[str, Any]:
         recent = self.recent()

@@ -120,7 +120,9 @@ def _loaded(config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> P
     try:
         kind = model_class(config)._model_mapping[type(config)]
         with quietly():
-            model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+            model, info = kind.from_pretrained(
+                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
     except Exception as error:  # classes of transformers raise errors of their own
         raise ConfigError(
             f"the MTP head's layer is not one of {config.model_type} as transformers has it ({brief(error)}): use another drafter"

@@ -66,7 +66,8 @@ def _direct(kind: type[nn.Module]) -> type[nn.Module]:
         made, of, *rest = kind.__reduce_ex__(self, protocol)
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: held for name, held in rest[0].items() if not _is_part(self, name)}
-        if made is copyreg.__newobj__:  # type: ignore[attr-defined]  # which only makes objects of the class that is asked
+        # which only makes objects of the class that is asked
+        if made is copyreg.__newobj__:  # type: ignore[attr-defined]
             made = object.__new__
         return made, tuple(kind if part is type(self) else part for part in of), *rest
 

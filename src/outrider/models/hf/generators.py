@@ -209,4 +209,3 @@ def _asked(tokenizer: Any, description: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
     begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     return begin + list(tokenizer.encode(description, add_special_tokens=False))
-

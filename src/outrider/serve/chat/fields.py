@@ -124,7 +124,9 @@ class Message(Strict):
         """The text, or where it has images its parts, as templates take them."""
         if not self.images or not isinstance(self.content, list):
             return self.text
-        return [{"type": "image"} if isinstance(p, ImagePart) else {"type": "text", "text": _said(p)} for p in self.content]
+        return [
+            {"type": "image"} if isinstance(p, ImagePart) else {"type": "text", "text": _said(p)} for p in self.content
+        ]
 
     @property
     def thought(self) -> str:
@@ -226,5 +228,3 @@ class ChatRequest(RequestFields):
     @property
     def top(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
-
-

@@ -63,7 +63,9 @@ class ChatReply(Reply):
     kinds = ("chat.completion", "chat.completion.chunk")
     prefix = "chatcmpl-"
 
-    def __init__(self, request: ChatRequest, ticket: Ticket, tokenizer: Any, longest: int, details: bool, turn: Turn) -> None:
+    def __init__(
+        self, request: ChatRequest, ticket: Ticket, tokenizer: Any, longest: int, details: bool, turn: Turn
+    ) -> None:
         super().__init__(request, ticket, tokenizer, longest, details)
         self.turn = turn
         self.spoken = [Spoken() for _ in self.choices]
@@ -108,7 +110,9 @@ class ChatReply(Reply):
         """Wait for the end and build the reply."""
         out = await super().whole(bridge)
         if self.prompt_scores is not None:
-            out["prompt_logprobs"] = await by_token(self.prompt_scores[0], self.request.prompt_logprobs or 0, self._spelling)
+            out["prompt_logprobs"] = await by_token(
+                self.prompt_scores[0], self.request.prompt_logprobs or 0, self._spelling
+            )
         return out
 
     def _said(self, index: int, c: ReplyChoice) -> dict[str, Any]:

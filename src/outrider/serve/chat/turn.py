@@ -173,7 +173,9 @@ def template_kwargs(request: ChatRequest, speech: Speech) -> dict[str, Any]:
         if name in RESERVED or not name.isidentifier() or name.startswith("_"):
             raise BadField(f"chat_template_kwargs may not set {name[:64]!r}: the server does", "chat_template_kwargs")
         if name not in KNOWN and name not in speech.template:
-            raise BadField(f"the model's chat template does not read {name[:64]!r}: leave it out", "chat_template_kwargs")
+            raise BadField(
+                f"the model's chat template does not read {name[:64]!r}: leave it out", "chat_template_kwargs"
+            )
     if request.reasoning_effort is None:
         return dict(given)
     thinks = request.reasoning_effort != "none"
@@ -219,7 +221,10 @@ def _message(message: Message, dialect: Dialect) -> dict[str, Any]:
             {
                 "id": call.id or f"call{i:05d}",
                 "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments, dialect.texts)},
+                "function": {
+                    "name": call.function.name,
+                    "arguments": _arguments(call.function.arguments, dialect.texts),
+                },
             }
             for i, call in enumerate(message.tool_calls)
         ]

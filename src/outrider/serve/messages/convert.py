@@ -24,7 +24,9 @@ from outrider.serve.parsing import BadField, parse
 def chat_of(request: CountRequest) -> ChatRequest:
     """The chat request that a request means. Raises BadField for what cannot be served."""
     if request.output_config is not None and request.output_config.format is not None:
-        raise BadField("output_config.format is not supported: force a tool whose input_schema is the form", "output_config")
+        raise BadField(
+            "output_config.format is not supported: force a tool whose input_schema is the form", "output_config"
+        )
     messages = [{"role": "system", "content": _text(request.system)}] if request.system else []
     for message in request.messages:
         messages += _messages(message)
@@ -93,7 +95,12 @@ def _messages(message: MessageField) -> Iterator[dict[str, Any]]:
             assert isinstance(block, RedactedBlock)
     if message.role == "assistant":
         more: dict[str, Any] = {"tool_calls": calls} if calls else {}
-        yield {"role": "assistant", "content": "".join(text), **more, **({"reasoning": "".join(thought)} if thought else {})}
+        yield {
+            "role": "assistant",
+            "content": "".join(text),
+            **more,
+            **({"reasoning": "".join(thought)} if thought else {}),
+        }
     elif calls or thought:
         raise BadField("tool_use and thinking are blocks of the assistant", "messages")
     elif shown:

@@ -37,7 +37,9 @@ class ImageSource(Strict):
     @property
     def data_url(self) -> str:
         """The image as a URL."""
-        return self.url or "" if self.type == "url" else f"data:{self.media_type or 'image/png'};base64,{self.data or ''}"
+        return (
+            self.url or "" if self.type == "url" else f"data:{self.media_type or 'image/png'};base64,{self.data or ''}"
+        )
 
 
 class ImageBlock(Strict):
@@ -115,7 +117,8 @@ class MessageField(Strict):
 class ToolField(Strict):
     """A tool of the client. Tools that the service would run have another type, and are left out."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra={"maxProperties": 4096})  # as `serve.body` bounds objects
+    # as `serve.body` bounds objects
+    model_config = ConfigDict(extra="allow", json_schema_extra={"maxProperties": 4096})
     type: Annotated[str, Field(max_length=64)] | None = None
     """Tools that the service would run have a type, and are left out."""
     name: Name

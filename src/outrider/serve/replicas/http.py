@@ -35,7 +35,8 @@ async def request(port: int, call: Call, key: str) -> AsyncIterator[Part]:
     except (OSError, h11.RemoteProtocolError):
         raise Lost(ENDED) from None
     finally:
-        writer.transport.abort()  # a reply that was not read to its end is not wanted: the replica must see that at once
+        # a reply that was not read to its end is not wanted: the replica must see that at once
+        writer.transport.abort()
 
 
 async def _exchange(

@@ -12,7 +12,12 @@ from outrider.serve.parsing import BadField, parse
 from outrider.serve.responses.fields import Choice, Item, Parts, ResponseRequest, ToolItem
 
 STATELESS = "this server keeps no responses: send the whole conversation in input"
-TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"], "additionalProperties": False}
+TEXT = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+    "additionalProperties": False,
+}
 """The parameters of a custom tool: its one text."""
 
 
@@ -136,7 +141,11 @@ def _message(item: Item) -> dict[str, Any]:
         return {"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output)}
     arguments = item.arguments if item.type == "function_call" else json.dumps({"input": item.input})
     function = {"name": item.name, "arguments": arguments}
-    return {"role": "assistant", "content": "", "tool_calls": [{"id": item.call_id, "type": "function", "function": function}]}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": item.call_id, "type": "function", "function": function}],
+    }
 
 
 def _content(content: str | Parts | None) -> str | list[dict[str, Any]]:
