@@ -202,7 +202,7 @@ def test_theory_speedup(run) -> None:
         (("--target", "huge"), "no size"),
         (("--length", "many"), "--length"),
         (("--acceptance", "2"), "acceptance"),
-        (("--bytes", "0"), "element"),
+        (("--bytes", "0"), "bytes of a weight"),
     ],
 )
 def test_theory_speedup_refuses(run, argv: tuple[str, ...], words: str) -> None:

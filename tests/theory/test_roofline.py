@@ -123,7 +123,7 @@ def test_only_the_measured_machine_says_so() -> None:
         (lambda: hardware.model("0b"), "no size"),
         (lambda: Setting(H100, batch=0), "batch"),
         (lambda: Setting(H100, context=-1), "context"),
-        (lambda: Setting(H100, element=0.0), "element"),
+        (lambda: Setting(H100, element=0.0), "bytes of a weight"),
         (lambda: replace(H100, bandwidth=0.0), "bandwidth"),
         (lambda: predict(MODELS["8b"], MODELS["1b"], Setting(H100), 1.5), "acceptance"),
         (lambda: forward(MODELS["8b"], Setting(H100), 0), "rows"),
