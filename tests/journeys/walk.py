@@ -78,6 +78,7 @@ def main() -> int:
     parser.add_argument("--wheel", type=Path, help="a wheel that was built before")
     parser.add_argument("--compiler", choices=("with", "without", "both"), default="both")
     asked = parser.parse_args()
+    os.environ.pop("PYTHONPATH", None)  # what is installed is walked, not a checkout
     there = [p for p in asked.pythons.split() if shutil.which(p)]
     for missing in set(asked.pythons.split()) - set(there):
         print(f"{missing} is not on this machine: left out")
