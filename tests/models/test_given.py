@@ -22,6 +22,9 @@ from outrider.models.hf.target import HFTarget
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 PROMPTS = ["def main(", "class Parser:\n"]
 
+TORCHS_OWN = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+"""`torch.compile` imports a module of PyTorch that still says it: nothing of ours will go with it."""
+
 
 @pytest.fixture
 def pair() -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -122,6 +125,7 @@ def test_ends_of_text_are_the_models_and_the_tokenizers(tokenizer: Any) -> None:
         Engine.build(model, "none", tokenizer=tokenizer)
 
 
+@TORCHS_OWN
 def test_a_compiled_model_and_tied_weights_are_read_too() -> None:
     model = small_llama(300, 64, 2, 128)
     compiled = torch.compile(model)
@@ -131,6 +135,7 @@ def test_a_compiled_model_and_tied_weights_are_read_too() -> None:
     assert seen.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
 
 
+@TORCHS_OWN
 def test_a_model_lives_as_long_as_its_target() -> None:
     """Engines know a model by its address, which another one of its class might have else: then it would draft in its place."""
     model = small_llama(300, 64, 2, 128)
