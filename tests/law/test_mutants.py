@@ -15,6 +15,7 @@ import torch
 
 from outrider.nn import compiled
 from outrider.verify import native
+from tests.compilers import needs_compiler
 from tests.law.lab import assert_exact, examine
 from tests.law.rule_checks import (
     CHECKS,
@@ -178,6 +179,7 @@ def test_rules_without_a_mistake_pass_on_torch_alone(check, torch_only):
     check()
 
 
+@needs_compiler
 @pytest.mark.parametrize("check", [long_draws, long_overlaps, blocks])
 def test_the_native_passes_without_a_mistake_pass(check):
     check()

@@ -17,6 +17,7 @@ def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, old, raising=False)
 
 
+@pytest.mark.filterwarnings("ignore:outrider.target is now:DeprecationWarning")  # of the package that it was in
 @pytest.mark.parametrize(("old", "new"), moved.MODULES.items())
 def test_an_old_module_is_the_new_one(old: str, new: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"{old} is now {new};"):
