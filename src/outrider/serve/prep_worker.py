@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from outrider.automata import Compiler, unspelled
-from outrider.conversations import as_read
+from outrider.conversations import rendered_text
 from outrider.dialects.detect import Dialect, detect
 from outrider.errors import OutriderError, RequestError
 
@@ -50,10 +50,8 @@ def rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> 
 
     options: what the template gets besides: tools, add_generation_prompt, continue_final_message, and arguments of its own.
     """
-    chosen = {"chat_template": options["chat_template"]} if options.get("chat_template") else {}
-    messages = as_read(tokenizer, messages, **chosen)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **{"add_generation_prompt": True, **options})
+        return rendered_text(tokenizer, messages, **{"add_generation_prompt": True, **options})
     except Exception as error:  # templates refuse orders of roles by raising, and are outside code
         said = " ".join(str(error).split())[:200] if type(error).__name__ == "TemplateError" else ""
         raise Refused(type(error).__name__ + (f": {said}" if said else "")) from None
