@@ -214,7 +214,7 @@ test-bfcl: $(STAMP) .venvs/bfcl/.made  ## tool sets of the Berkeley Function Cal
 
 check: $(STAMP)  ## style, types and import layers
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
