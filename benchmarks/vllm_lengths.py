@@ -1,10 +1,11 @@
 """Our draft lengths inside vLLM against its fixed ones and plain decoding, interleaved, at two loads.
 
-    .venv-vllm/bin/python benchmarks/vllm_lengths.py --rounds 6 --seconds 200
+    .venv-vllm/bin/python benchmarks/vllm_lengths.py --rounds 28
 
 Two processes with vLLM in each, one plain and one with our scheduler; only one of them works at a time, so rounds are comparable.
 Every round runs each arm once at each load, in shuffled order. The adaptive arm keeps what it has learnt between its turns, and
-learns for some steps before the first round; `learning` is the price of that. Prints ratios to plain: median and range of rounds.
+learns for some steps before the first round; `learning` is the price of that. Prints ratios to plain of sums over rounds, with 95%
+intervals.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+import numpy as np
 
 LENGTHS, LOADS, TOKENS = (0, 1, 2, 3, 4), (1, 8), 64
 
@@ -27,7 +29,12 @@ def worker(method: str) -> None:
     """One vLLM; a line {"arm", "load", "seed"} on stdin gives a line {"tokens", "seconds"} on stdout."""
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints goes to stderr
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    # one GiB of keys and values: two of them run side by side, and each would reserve most of the memory
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
     from vllm import LLM, SamplingParams
 
     from outrider.assets import HERE, shipped
@@ -101,9 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--worker")
     parser.add_argument("--method", default="eagle3", choices=["eagle3", "draft_model", "dflash"])
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=28)
     parser.add_argument(
-        "--learn", type=int, default=12, help="batches of the adaptive arm at each load before the first round"
+        "--learn", type=int, default=60, help="batches of the adaptive arm at each load before the first round"
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="end after the round in which this time has passed")
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -147,22 +154,28 @@ def main() -> None:
 
 
 def report(rows: list[dict[str, Any]], method: str) -> None:
-    """Speed of every arm over plain of the same round: median, and range."""
+    """Speed of every arm over plain vLLM, and of the adaptive one over the best fixed length, 95% intervals over rounds."""
+    from outrider.evaluate.statistics.ratios import paired_ratio
+
+    arms = ("plain", "adaptive", *LENGTHS)
     for load in LOADS:
-        here = [r for r in rows if r["load"] == load and r["round"] >= 0]
-        speed = {(r["round"], r["arm"]): r["tokens"] / r["seconds"] for r in here}
-        whole = len(LENGTHS) + 2
-        numbers = [n for n in sorted({r["round"] for r in here}) if sum(r["round"] == n for r in here) == whole]
-        best = max(LENGTHS, key=lambda arm: median(speed[n, arm] / speed[n, "plain"] for n in numbers))
-        print(
-            f"{method}, {load} at a time, {len(numbers)} rounds, plain {median(speed[n, 'plain'] for n in numbers):.0f} tokens/s"
-        )
+        here = {(r["round"], r["arm"]): r for r in rows if r["load"] == load and r["round"] >= 0}
+        rounds = [n for n in sorted({n for n, _ in here}) if all((n, arm) in here for arm in arms)]
+
+        def over(arm: Any, base: Any, here: Any = here, rounds: Any = rounds) -> str:
+            sides = [
+                np.array([here[n, a][x] for n in rounds], float) for a in (arm, base) for x in ("tokens", "seconds")
+            ]
+            found = paired_ratio(*sides)
+            return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+        seconds = {arm: sum(here[n, arm]["seconds"] for n in rounds) for arm in arms}
+        tokens = sum(here[n, "plain"]["tokens"] for n in rounds)
+        best = min(LENGTHS, key=lambda arm: seconds[arm])
+        print(f"{method}, {load} at a time, {len(rounds)} rounds, plain {tokens / seconds['plain']:.0f} tokens/s")
         for arm in ("adaptive", *LENGTHS):
-            found = sorted(speed[n, arm] / speed[n, "plain"] for n in numbers)
-            mark = " (best fixed)" if arm == best else ""
-            print(f"  {arm!s:>8}: {median(found):.2f} of plain ({found[0]:.2f} to {found[-1]:.2f}){mark}")
-        found = sorted(speed[n, "adaptive"] / speed[n, best] for n in numbers)
-        print(f"  adaptive over best fixed: {median(found):.3f} ({found[0]:.2f} to {found[-1]:.2f})")
+            print(f"  {arm!s:>8}: {over(arm, 'plain')} of plain{' (best fixed)' if arm == best else ''}")
+        print(f"  adaptive over best fixed: {over('adaptive', best)}")
 
 
 if __name__ == "__main__":

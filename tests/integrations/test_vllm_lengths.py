@@ -58,6 +58,18 @@ def test_each_load_has_its_own_length() -> None:
     assert sum(few) / len(few) > 2.3 and sum(many) / len(many) < 0.4
 
 
+def test_a_load_that_comes_for_a_few_steps_at_a_time_is_spared_trials_that_it_could_not_end() -> None:
+    """A batch ends raggedly: of its last sequences every few steps one is gone."""
+    control, cost = LiveLengths(4, 4), lambda verified, drafted: 1.0 + 0.02 * drafted + 0.01 * verified
+    while set(drive(control, cost, 0.8, 6, 14)) == {4}:
+        pass  # until a trial is under way
+    tail = list[int]()
+    for _ in range(100):
+        drive(control, cost, 0.8, 8, 20)
+        tail += drive(control, cost, 0.8, 6, 3)
+    assert set(tail) == {4}
+
+
 def test_steps_that_cannot_be_compared_are_not_counted() -> None:
     control = LiveLengths(2, 4)
     length = control.next(1)

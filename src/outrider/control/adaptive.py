@@ -217,13 +217,15 @@ class Adaptive:
         """The length for this load: in a trial the two lengths alternately; the predicted one before the first trial and while no
         trial is possible.
 
-        A trial pauses while prompts are read: such steps cannot be compared, and all of them would run with the trial's length.
+        A trial pauses while prompts are read: such steps cannot be compared, and all of them would run with the trial's length. It
+        also waits for the second step of a load: one that comes for a step at a time would be tried and never compared.
         """
         load = self._load(len(sequences))
         if load.trial >= 0 and (load.turn >= MAX_TRIAL_STEPS or load.blind):
             load.abandon()
         if load.trial >= 0:
-            length = load.length if self._prompts else load.take_turn()
+            arrived = load_class(self._last) != load_class(len(sequences))
+            length = load.length if self._prompts or arrived else load.take_turn()
             load.spent += self._forecast.reading.behind(sequences) if length and not load.length else 0.0
             return length
         if load.blind or not load.known:
