@@ -4,7 +4,8 @@ Our engine measures the seconds of verifying and of drafting apart; vLLM's sched
 verifies drafts of one length and makes drafts of another mixes the two, so a length is held until enough *clean* steps were seen:
 no prompt rows, the same length verified and drafted, and time that follows directly on the step before. The mean of these is one
 measurement for the controller, reported with its next one, because the controller expects that a draft is verified in the step
-after.
+after. In a trial, where lengths alternate, one clean step is enough: the step between two lengths is lost each time, and a trial
+has many pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from outrider.records import Counts, StepRecord
 from outrider.types import SequenceView
 
 CLEAN = 3
-"""Clean steps that make a measurement."""
+"""Clean steps that make a measurement of a length that stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class LiveLengths:
 
     def __init__(self, first: int, longest: int, margin: float = 0.03) -> None:
         self.control = Adaptive(first, longest, margin=margin, invariant=True)  # vLLM's seeds do not fix a text anyway
-        self._load, self._length = 0, first
+        self._load, self._length, self._enough = 0, first, CLEAN
         self._clean: list[SeenStep] = []
         self._measured: StepRecord | None = None
         self._views: dict[int, tuple[SequenceView, ...]] = {}
@@ -95,16 +96,17 @@ class LiveLengths:
         if not mine or step.prompts or step.seconds is None or not step.sequences:
             return
         self._clean.append(step)
-        if len(self._clean) < CLEAN:
+        if len(self._clean) < self._enough:
             return
         measured, self._measured = self._measured, self._record()
         self.control.observe(measured or _record_of(0, 0.0, Counts()))
         self._begin(self._load)
 
     def _begin(self, load: int) -> None:
-        self._load = load
+        before, self._load = (self._load, self._length), load
         views = self._views.setdefault(load, tuple(_view(slot) for slot in range(load)))
         self._length = self.control.budget(views)[0]
+        self._enough = CLEAN if load != before[0] or self._length == before[1] else 1
         self._clean.clear()
 
     def _record(self) -> StepRecord:
