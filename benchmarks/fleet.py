@@ -168,8 +168,9 @@ def main() -> None:
             for cores in shares:
                 command = pinned([sys.executable, "-m", "outrider.cli.main", "serve", "--hang-timeout", "3600"], cores)
                 command += ["--slots", str(options.slots), "--length", str(options.length), "--fixed-length"]
+                command += ["--no-prefix-cache"]  # prompts come again, and the simulation reads all of them
                 command += ["--draft", options.draft, "--served-model-name", "pycode"]
-                arms.append(Arm("fixed", Start(command, "/ready", "pycode", environment(cores))))
+                arms.append(Arm("fixed", Start(command, "/ready", "pycode", environment(cores), ours=True)))
                 arms[-1].wait()
             document[replicas] = compare(arms, shares, prompts, options)
         finally:
