@@ -20,7 +20,9 @@ def config(**outrider: Any) -> Any:
             num_speculative_tokens_per_batch_size=[(1, 4, 4)],
         ),
         model_config=SimpleNamespace(max_model_len=64, served_model_name="m", model="target"),
-        scheduler_config=SimpleNamespace(max_num_seqs=4, scheduler_cls="outrider.integrations.vllm.Scheduler"),
+        scheduler_config=SimpleNamespace(
+            max_num_seqs=4, max_num_batched_tokens=64, scheduler_cls="outrider.integrations.vllm.Scheduler"
+        ),
         parallel_config=SimpleNamespace(worker_cls="outrider.integrations.vllm.CpuWorker"),
     )
 

@@ -78,7 +78,10 @@ def _lengths(config: Any, report: dict[str, Any] | None) -> dict[str, Any]:
         told = "vLLM's table by batch size" if table else "one fixed length"
         return part("lengths", False, told, "add --scheduler-cls outrider.integrations.vllm.Scheduler")
     look = note.get("outlook")
-    return part("lengths", True, "ours" if look is None else f"ours: {look[1]} now, {look[0]} sequences")
+    told = "ours" if look is None else f"ours: {look[1]} now, {look[0]} sequences"
+    if report is not None:
+        told += "; the drafter rests at length 0" if not report["restless"] else f"; {report['restless']}"
+    return part("lengths", True, told)
 
 
 def _rule(config: Any, report: dict[str, Any] | None) -> dict[str, Any]:

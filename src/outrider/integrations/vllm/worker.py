@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from outrider.errors import ConfigError
+from outrider.integrations.vllm.rest import let_rest
 from outrider.integrations.vllm.scheduler import NOTE
 from outrider.integrations.vllm.settings import Settings
 from outrider.integrations.vllm.tap import Ruled, Tap, Watched
@@ -34,6 +35,8 @@ class Ledgered:
     tap: Tap | None = None
     unwatched = "no speculation"
     """Why there is no tap; empty if there is one."""
+    restless = "no speculation"
+    """Why the drafter reads every token also where nothing is drafted; empty if it rests."""
     note: dict[str, Any] | None = None
     """The scheduler's latest note on a step."""
 
@@ -48,6 +51,8 @@ class Ledgered:
                 raise ConfigError(f"rule {rule!r} cannot take the place of vLLM's here: {self.unwatched}")
             if self.unwatched:
                 logger.warning("outrider keeps no ledger of predicted rejections: %s", self.unwatched)
+            speculative, scheduler = self.vllm_config.speculative_config, self.vllm_config.scheduler_config
+            self.restless = let_rest(runner, str(speculative.method), scheduler.max_num_batched_tokens)
         attach = getattr(getattr(runner, "drafter", None), "attach", None)
         if attach is not None:
             attach(runner)
@@ -88,6 +93,7 @@ class Ledgered:
         return {
             "tap": None if tap is None else tap.report(),
             "unwatched": self.unwatched,
+            "restless": self.restless,
             "note": self.note or {},
             "proposer": None if own is None else own(),
             "repair": _repaired(),

@@ -1,0 +1,155 @@
+"""A drafter of vLLM that rests while nothing is drafted.
+
+With draft length 0 vLLM's drafter still reads every token, in a forward of its own in every step, to keep its cache whole: a tenth
+to a quarter of a small model's step. Here its inputs are put aside instead, and read together, in one forward, when a draft is
+asked for again, when prompts are read, or when ROOM steps wait. Its cache then holds what it would have held.
+Shapes: n rows of a step, B sequences, M rows of a forward that catches up.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+ROOM = 64
+"""Steps whose rows wait at most."""
+TAKES = (
+    "num_speculative_tokens",
+    "target_token_ids",
+    "target_positions",
+    "target_hidden_states",
+    "next_token_ids",
+    "token_indices_to_sample",
+    "common_attn_metadata",
+)
+"""Arguments of vLLM's `propose`, by name: a drafter rests only where it takes these."""
+METHODS = ("eagle", "eagle3")
+"""Methods whose drafter reads a step's rows as they are, shifted by one token; others shape them in their own ways."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """What the drafter reads of a step: tokens, positions and hidden states of the target, and places in the cache."""
+
+    token: Int[Tensor, "n"]
+    position: Int[Tensor, "n"]
+    hidden: Float[Tensor, "n H"]
+    place: Int[Tensor, "n"]
+
+    @staticmethod
+    def of(given: dict[str, Any]) -> StepRows:
+        """Of the arguments of `propose`."""
+        token, position, hidden = (given[f"target_{x}"] for x in ("token_ids", "positions", "hidden_states"))
+        return StepRows(token, position, hidden, given["common_attn_metadata"].slot_mapping[: len(token)])
+
+    def kept(self) -> StepRows:
+        """A copy: vLLM's buffers are written again in the next step."""
+        return StepRows(self.token.clone(), self.position.clone(), self.hidden.clone(), self.place.clone())
+
+    @staticmethod
+    def together(steps: Sequence[StepRows], rows: Sequence[int]) -> StepRows:
+        """The rows with these numbers, counted over the steps."""
+        chosen = torch.tensor(rows)
+        return StepRows(*(torch.cat([getattr(s, f.name) for s in steps])[chosen] for f in fields(StepRows)))
+
+
+@dataclass
+class Waiting:
+    """The rows that wait. rows: of a sequence, by number over all steps, in order. ends: the position behind them."""
+
+    steps: list[StepRows] = field(default_factory=list)
+    count: int = 0
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
+
+    def follow(self, names: Sequence[str], positions: Sequence[int]) -> None:
+        """Forget what waits of sequences whose step does not follow on it: they begin again."""
+        for name, position in zip(names, positions, strict=True):
+            if self.ends.get(name, position) != position:
+                del self.rows[name], self.ends[name]
+
+    def add(self, names: Sequence[str], step: StepRows, positions: Sequence[int]) -> None:
+        """A step with one row of every sequence."""
+        self.steps.append(step)
+        for row, (name, position) in enumerate(zip(names, positions, strict=True)):
+            self.rows.setdefault(name, []).append(self.count + row)
+            self.ends[name] = position + 1
+        self.count += len(names)
+
+
+class Resting:
+    """Stands before `propose` of a drafter of vLLM. names: the sequences of the step, in its order. most: rows of a forward."""
+
+    def __init__(self, inner: Callable[..., Any], names: Callable[[], Sequence[str]], most: int) -> None:
+        self.inner, self._names, self._most = inner, names, most
+        self._waiting = Waiting()
+
+    def __call__(self, **given: Any) -> Any:
+        """Draft tokens [B, K], as vLLM's own; [B, 0] without a forward where it can rest."""
+        about, waiting = given["common_attn_metadata"], self._waiting
+        names = list(self._names())[: about.num_reqs]
+        alone = about.max_query_len == 1
+        # rows of rejected drafts, which are vLLM's business, are in a step behind one that drafted: then nothing waits
+        if len(names) != about.num_reqs or not (waiting.steps or alone):
+            return self.inner(**given)
+        starts = about.query_start_loc_cpu[: about.num_reqs + 1].tolist()
+        step = StepRows.of(given)
+        waiting.follow(names, step.position[starts[:-1]].tolist())
+        if given["num_speculative_tokens"] == 0 and alone and len(waiting.steps) < ROOM:
+            waiting.add(names, step.kept(), step.position.tolist())
+            return torch.empty(len(names), 0, dtype=torch.int64, device=step.token.device)
+        self._waiting = Waiting()
+        late = [waiting.rows.get(name, []) for name in names]
+        fits = sum(map(len, late)) + len(step.token) <= self._most
+        return self.inner(**(given | _merged(about, waiting, late, step, starts) if any(late) and fits else given))
+
+
+def _merged(
+    about: Any, waiting: Waiting, late: Sequence[Sequence[int]], step: StepRows, starts: Sequence[int]
+) -> dict[str, Any]:
+    """The arguments of `propose` for what waits of every sequence and the rows of this step behind it."""
+    rows, counts = list[int](), [0]
+    for old, a, b in zip(late, starts, starts[1:], strict=False):
+        rows += [*old, *range(waiting.count + a, waiting.count + b)]
+        counts.append(len(old) + b - a)
+    both = StepRows.together([*waiting.steps, step], rows)
+    begins = torch.tensor(counts).cumsum(0).to(about.query_start_loc_cpu.dtype)
+    wanted = {
+        "query_start_loc": begins.to(about.query_start_loc.device),
+        "query_start_loc_cpu": begins,
+        "num_actual_tokens": len(rows),
+        "max_query_len": max(counts),
+        "slot_mapping": both.place,
+        "positions": None if getattr(about, "positions", None) is None else both.position,
+    }
+    have = {f.name for f in fields(about)}
+    return {
+        "target_token_ids": both.token,
+        "target_positions": both.position,
+        "target_hidden_states": both.hidden,
+        "token_indices_to_sample": wanted["query_start_loc"][1:] - 1,
+        "common_attn_metadata": replace(about, **{n: v for n, v in wanted.items() if n in have}),
+    }
+
+
+def let_rest(runner: Any, method: str, most: int) -> str:
+    """Put `Resting` before the drafter of a runner; why not, if that is impossible.
+
+    method: of the speculative configuration. most: rows of a forward that its buffers hold. On GPUs it was never tried: reading
+    positions would wait for the device.
+    """
+    drafter, device = getattr(runner, "drafter", None), getattr(runner, "device", None)
+    if method not in METHODS or drafter is None:
+        return f"drafters of method {method!r} read every token themselves"
+    if getattr(device, "type", str(device)) != "cpu":
+        return "on GPUs drafters read every token"
+    if not set(TAKES) <= set(inspect.signature(drafter.propose).parameters):
+        return "this vLLM's drafter has another interface than those of 0.32 and 0.33"
+    drafter.propose = Resting(drafter.propose, lambda: runner.input_batch.req_ids, most)
+    return ""
