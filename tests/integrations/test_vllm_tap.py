@@ -121,6 +121,14 @@ def test_the_taps_sums_equal_a_recount_on_ragged_drafts() -> None:
     assert tap.report()["all"]["judged"] == 0.0
 
 
+def test_a_step_without_drafts_gives_what_vllm_gives_and_counts_nothing() -> None:
+    tap, drafted = Tap(K), [0, 0, 0]
+    given = (torch.zeros(0, V), list[int](), None, metadata([0.0, 1.0, 1.0], []))
+    found, wanted = (call(judge, drafted, *given) for judge in (Watched(theirs, tap), theirs))
+    assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+    assert tap.report()["all"]["steps"] == 0.0
+
+
 def test_placeholders_count_as_no_drafts() -> None:
     tap = Tap(K)
     out = torch.tensor([[1, 2, -1, -1], [3, -1, -1, -1]])
