@@ -177,7 +177,7 @@ def main() -> None:
             for arm in arms:
                 arm.end()
     if options.write:
-        options.write.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        options.write.write_text(json.dumps(document, indent=1, default=float) + "\n", encoding="utf-8")
 
 
 def compare(
