@@ -54,6 +54,7 @@ def image(options: EngineOptions, asked: ImageOptions, sampling: Any, json: Json
             allow_lossy=options.allow_lossy,
             dtype=options.dtype,
             size=size_of(asked.size),
+            negative=asked.negative,
         )
     jobs = wanted(asked, painter.raster)
     tell(painter.engine.notices)

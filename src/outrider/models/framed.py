@@ -23,6 +23,11 @@ NEVER = torch.finfo(torch.float32).min
 """Logit of what cannot be drawn; finite, so that differences of logits stay numbers."""
 
 
+def unbegun(mark: int) -> RequestError:
+    """What is said of a text without the mark behind which an image begins."""
+    return RequestError(f"no image begins in this text: end the prompt with token {mark}, as the model's own")
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Frame:
     """What an image is made of. codes: [V], whether a token is an image code. height, width: codes.
@@ -63,12 +68,13 @@ class Framed:
         self.vocab_size, self.hidden_size, self.layers = inner.vocab_size, inner.hidden_size, inner.layers
         self.max_length, self.trees, self.rewinds = inner.max_length, inner.trees, inner.rewinds
         self.dtype, self.device, self.notices = inner.dtype, inner.device, inner.notices
+        self.token_bytes = getattr(inner, "token_bytes", 0)
         self._codes = frame.codes.to(inner.device)
         self._begin: MutableMapping[KVCache, dict[int, int]] = WeakKeyDictionary()
 
-    def new_kv(self, slots: int, length: int) -> KVCache:
+    def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> KVCache:
         """See `protocols.Target`."""
-        return self.inner.new_kv(slots, length)
+        return self.inner.new_kv(slots, length, **({} if memory is None else {"memory": memory}))
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         """See `protocols.Target`. Raises RequestError for a text in which no image begins."""
@@ -91,9 +97,7 @@ class Framed:
         scored = [s for s in rows.segments if s.scored]
         slots = [s.slot for s in scored] + [s.slot for s in scored for _ in s.parent]
         if any(slot not in begins for slot in slots):
-            raise RequestError(
-                f"no image begins in this text: end the prompt with token {frame.begin}, as the model's own"
-            )
+            raise unbegun(frame.begin or 0)
         first = torch.tensor([begins[slot] for slot in slots], device=rows.position.device)
         ends = (rows.position[rows.scored] + 1 - first) % frame.line == frame.width
         mark = torch.arange(self.vocab_size, device=self.device) == frame.row_end
