@@ -98,8 +98,8 @@ def path_of(parents: list[int], rng: random.Random) -> list[int]:
 
 @pytest.mark.parametrize("kind", BEGUN)
 def test_any_history_of_a_cache_gives_the_definition(kind: str) -> None:
-    """Three slots, prompts in chunks, trees, cuts before and behind the mark, released slots: logits of every scored row, lengths of
-    both texts, and never more pages than was said."""
+    """Three slots, prompts in chunks, trees, cuts before and behind the mark, released slots: logits of every scored row, lengths
+    of both texts, and never more pages than was said."""
     free, rng = BEGUN[kind], random.Random(len(kind))
     guided = Guided(SmallPages(V, 16, 2, seed=4, sharp=3.0), free, 2.0)
     kv: Any = guided.new_kv(3, 40)
@@ -116,7 +116,7 @@ def test_any_history_of_a_cache_gives_the_definition(kind: str) -> None:
                 del text[rng.randrange(len(text)) :]
                 kv.truncate(slot, len(text))
         pieces = [[rng.randrange(15) for _ in range(rng.randrange(1, 5))] for _ in slots]
-        for slot, piece in zip(slots, pieces, strict=True):
+        for piece in pieces:
             if rng.random() < 0.4:  # also a second one, which is any token
                 piece[rng.randrange(len(piece))] = MARK
         wanted = [MARK in held[s] + piece and rng.random() < 0.8 for s, piece in zip(slots, pieces, strict=True)]

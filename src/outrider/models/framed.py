@@ -17,6 +17,7 @@ from torch import Tensor
 
 from outrider.errors import RequestError
 from outrider.protocols import KVCache, Target
+from outrider.transfer import upload
 from outrider.types import Rows, Scores
 
 NEVER = torch.finfo(torch.float32).min
@@ -94,12 +95,11 @@ class Framed:
             places = (rows.token[s.first : s.first + s.fed] == frame.begin).nonzero()
             if len(places):
                 begins[s.slot] = int(rows.position[s.first + int(places[-1])]) + 1
-        scored = [s for s in rows.segments if s.scored]
-        slots = [s.slot for s in scored] + [s.slot for s in scored for _ in s.parent]
-        if any(slot not in begins for slot in slots):
+        if any(s.scored and s.slot not in begins for s in rows.segments):
             raise unbegun(frame.begin or 0)
-        first = torch.tensor([begins[slot] for slot in slots], device=rows.position.device)
-        ends = (rows.position[rows.scored] + 1 - first) % frame.line == frame.width
+        first = [begins.get(s.slot, 0) for s in rows.segments for _ in range(s.count)]
+        behind = rows.position + 1 - upload(first, torch.int64, rows.position.device)
+        ends = behind[rows.scored] % frame.line == frame.width
         mark = torch.arange(self.vocab_size, device=self.device) == frame.row_end
         return torch.where(ends[:, None], mark[None], self._codes[None])
 

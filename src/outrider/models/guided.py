@@ -1,14 +1,14 @@
 """Classifier-free guidance as one target: two rows for every token, one distribution.
 
-Guidance (Ho and Salimans 2022) mixes logits: free + scale * (conditioned - free). The free row is that of a text without the condition;
-it runs beside the conditioned row in the same forward, with a cache of its own. Whoever asks the target (rules, drafters, the audit)
-sees the mixed distribution and nothing else, so everything stays exact for the guided model.
+Guidance (Ho and Salimans 2022) mixes logits: free + scale * (conditioned - free). The free row is that of a text without the
+condition; it runs beside the conditioned row in the same forward, with a cache of its own. Whoever asks the target (rules,
+drafters, the audit) sees the mixed distribution and nothing else, so everything stays exact for the guided model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,8 @@ from outrider.types import Rows, Scores, Segment
 class FreeText:
     """What stands in the free text for tokens of the conditioned one.
 
-    stand_ins: token -> the one in its place; others stand for themselves. mark, prompt: if there is a mark, its first place in a text
-    is where the free text begins: what is before it has nothing there, and for the mark stands the whole `prompt`.
+    stand_ins: token -> the one in its place; others stand for themselves. mark, prompt: if there is a mark, the free text begins
+    where it first stands: there is nothing for what is before it, and the whole `prompt` for the mark.
     """
 
     stand_ins: Mapping[int, int] = field(default_factory=dict)
@@ -54,8 +54,8 @@ class FreeText:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """What a step does to the free text of a segment's slot. skipped: first rows of the segment without one there. prompt: whether it
-    begins with the prompt. shift: see `GuidedKV`."""
+    """What a step does to the free text of a segment's slot. skipped: first rows of the segment for which nothing stands there.
+    prompt: whether it begins with the prompt. shift: see `GuidedKV`."""
 
     skipped: int
     prompt: bool
@@ -181,7 +181,7 @@ class GuidedKV:
             cached = 0 if b.prompt else s.cached + b.shift
             parent = tuple(up + more for up in s.parent) if more else s.parent
             segments.append(Segment(s.slot + self.slots, count + first, cached, s.fed + more, parent, s.scored))
-        picked, anchors = self._place(source), sum(s.scored for s in rows.segments)
+        picked, anchors = self._place(source), _anchors(rows)
         token = torch.cat([self._table[rows.token], self._prompt])[picked]
         position = torch.cat([rows.position, self._ruler])[picked] + self._place(moved)
         twins = self._place(free_of)[rows.scored]
@@ -191,6 +191,11 @@ class GuidedKV:
             (*rows.segments, *segments),
             torch.cat([rows.scored[:anchors], twins[:anchors], rows.scored[anchors:], twins[anchors:]]),
         )
+
+
+def _anchors(rows: Rows) -> int:
+    """Scored rows of anchors, which come before those of nodes."""
+    return min(sum(s.scored for s in rows.segments), len(rows.scored))
 
 
 class Guided:
@@ -205,8 +210,8 @@ class Guided:
         free.check(inner.vocab_size)
         if inner.max_length <= free.longer:
             raise ConfigError(
-                f"a free text that begins with {len(free.prompt)} tokens does not fit the {inner.max_length} positions of the model: "
-                "shorten the negative prompt"
+                f"a free text that begins with {len(free.prompt)} tokens does not fit the {inner.max_length} positions of the "
+                "model: shorten the negative prompt"
             )
         self.inner, self.scale, self.free = inner, scale, free
         self._table = torch.arange(inner.vocab_size, device=inner.device)
@@ -230,7 +235,7 @@ class Guided:
         """See `protocols.Target`: one row of mixed logits for every scored row."""
         assert isinstance(kv, GuidedKV)
         both = self.inner.forward(kv.both(rows), kv.inner, layers=layers)
-        anchors = sum(s.scored for s in rows.segments)
+        anchors = _anchors(rows)
         nodes = len(rows.scored) - anchors
         first, second, third, fourth = both.logits.split([anchors, anchors, nodes, nodes])
         given, free = torch.cat([first, third]), torch.cat([second, fourth])

@@ -3,8 +3,8 @@
 Both are acceptance functions in the frame of `lossy`: whatever they accept, a refusal draws from the optimal residual, the distance
 of the position from the target is metered, and a budget bounds it. The papers state thresholds of single tests, which
 bound neither.
-Distances of codes are those of their points (`raster.Raster.codes`: root mean square of pixels, 1 for full contrast). Points are those
-of tokens [V, d]: a token beyond them, or whose point is NaN, is no code. It is near to no other, and judged exactly.
+Distances of codes are those of their points (`raster.Raster.codes`: root mean square of pixels, 1 for full contrast). Points are
+those of tokens [T, d]: a token beyond them, or whose point is NaN, is no code. It is near to no other, and judged exactly.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class ImageGenerator:
 
     target: scores image codes; texts outside images are not its business (`models.framed`). prompt: a description -> tokens, up to
     the place where the image begins. decode: the codes of one image, all of them -> pixels. free: the text without a condition, for
-    guidance. guidance: its own scale. points: [V, d] the place of every token's code in the codebook, scaled so that no two are more
-    than 1 apart; NaN: it is no code.
+    guidance. guidance: its own scale. points: [V, d] the place of every token's code in the codebook, scaled so that no two are
+    more than 1 apart; NaN: it is no code.
     """
 
     target: HFTarget
