@@ -86,7 +86,7 @@ def scattered(rng: np.random.Generator, size: int, codes: list[int]) -> torch.Te
 
 @pytest.mark.parametrize("spec", list(RULES))
 def test_codes_that_are_not_the_first_tokens_are_those_of_the_theory(spec: str) -> None:
-    """Any tokens may be codes. Numbers of tokens do not matter: moved to the front, the codes are accepted as before, bit for bit."""
+    """Any tokens may be codes. Their numbers do not matter: moved to the front, the codes are accepted as before, bit for bit."""
     rng = np.random.default_rng(63)
     moved = 0
     for _ in range(60):

@@ -40,7 +40,7 @@ class ImageOptions:
         str | None,
         typer.Option(
             "--negative-prompt",
-            help="What guidance leads away from, in words, for models whose text without a condition can be any (Emu3).",
+            help="What guidance leads away from, in words, for models that take such a text (Emu3).",
             show_default=False,
         ),
     ] = None

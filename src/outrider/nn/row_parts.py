@@ -21,7 +21,7 @@ class Part:
 
 
 def last_scored(rows: Rows) -> int | None:
-    """How many of the last rows the scored ones are, if they are those, in order; None: they lie elsewhere, or are but some of those.
+    """How many of the last rows the scored ones are, if they are those, in order; None: they lie elsewhere, or are only some.
     A view of the last rows is the cheaper choice of rows."""
     anchors = [s.first + s.fed - 1 for s in rows.segments if s.scored]
     nodes = [i for s in rows.segments for i in range(s.first + s.fed, s.first + s.count)]
