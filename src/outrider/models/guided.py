@@ -119,10 +119,10 @@ class GuidedKV:
         shift = self._shift[slot]
         free = 0 if shift is None else length + shift
         if self._start is None and free < len(self.free.prompt):
-            free, self._shift[slot] = 0, None
+            free, shift = 0, None
         self.inner.truncate(slot, length)
         self.inner.truncate(slot + self.slots, free)
-        self._made = None
+        self._shift[slot], self._made = shift, None
 
     def release(self, slots: Sequence[int]) -> None:
         """See `protocols.KVCache`."""
