@@ -123,7 +123,7 @@ def _decoded(image: Any, data: bytes, name: str) -> Any:
     """A picture from the bytes of a file: format, size and number of frames are known before a pixel is decoded."""
     if len(data) > MAX_BYTES:
         raise RequestError(_too_large(name))
-    _check_parts(data, name)
+    check_parts(data, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # our own limit on pixels is below; damaged notes would give one for each entry
         try:
@@ -173,14 +173,14 @@ def _check_notes(size: int, name: str) -> None:
         )
 
 
-def _check_parts(data: bytes, name: str) -> None:
+def check_parts(data: bytes, name: str) -> None:
     """Refuse a file whose parts would take minutes to read, in a loop of Pillow or in passes over all pixels."""
     if data.startswith(b"\x89PNG"):
-        many = _parts_of_png(data) > MAX_PARTS
+        many = parts_of_png(data) > MAX_PARTS
     elif data.startswith(b"GIF8"):
-        many = _parts_of_gif(data) > MAX_PARTS
+        many = parts_of_gif(data) > MAX_PARTS
     elif data.startswith(b"\xff\xd8"):
-        parts, scans, notes = _parts_of_jpeg(data)
+        parts, scans, notes = parts_of_jpeg(data)
         _check_notes(notes, name)
         many = parts > MAX_PARTS or scans > MAX_SCANS
     else:
@@ -189,7 +189,7 @@ def _check_parts(data: bytes, name: str) -> None:
         raise RequestError(f"{name} is a file of far too many parts: save it again with an ordinary program")
 
 
-def _parts_of_png(data: bytes) -> int:
+def parts_of_png(data: bytes) -> int:
     """Chunks, or more than may be."""
     at, parts = 8, 0
     while at + 8 <= len(data) and parts <= MAX_PARTS:
@@ -198,7 +198,7 @@ def _parts_of_png(data: bytes) -> int:
     return parts
 
 
-def _parts_of_jpeg(data: bytes) -> tuple[int, int, int]:
+def parts_of_jpeg(data: bytes) -> tuple[int, int, int]:
     """Segments, with bytes outside of them before the first scan; scans; bytes of the camera's notes. Or more than may be."""
     at, parts, scans, notes = 2, 0, 0, 0
     while parts <= MAX_PARTS and scans <= MAX_SCANS and (found := _MARKER.search(data, at)) is not None:
@@ -213,7 +213,7 @@ def _parts_of_jpeg(data: bytes) -> tuple[int, int, int]:
     return parts, scans, notes
 
 
-def _parts_of_gif(data: bytes) -> int:
+def parts_of_gif(data: bytes) -> int:
     """Blocks up to the second picture's, or more than may be."""
     table = lambda flags: 3 << ((flags & 7) + 1) if flags & 0x80 else 0  # noqa: E731
     at, parts, frames = 13 + table(data[10] if len(data) > 10 else 0), 0, 0

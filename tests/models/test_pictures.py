@@ -184,13 +184,13 @@ def test_small_pictures_that_take_long_are_refused(kind: str, monkeypatch: pytes
 def test_ordinary_files_are_far_from_such_bounds() -> None:
     rough = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8))
     png, gif = file_of(rough), file_of(rough, "GIF")
-    assert pictures._parts_of_png(png) < 200
-    assert abs(pictures._parts_of_gif(gif) - len(gif) // 255) < 200
+    assert pictures.parts_of_png(png) < 200
+    assert abs(pictures.parts_of_gif(gif) - len(gif) // 255) < 200
     assert pictures.MAX_BYTES // 255 < pictures.MAX_PARTS // 2
     notes = picture(1).getexif()
     notes[0x0112], notes[0x010F] = 8, "a camera" * 1000
     for more in ({}, {"progressive": True}, {"exif": notes}, {"icc_profile": bytes(300_000), "comment": "a" * 60_000}):
-        parts, scans, size = pictures._parts_of_jpeg(file_of(rough, "JPEG", **more))
+        parts, scans, size = pictures.parts_of_jpeg(file_of(rough, "JPEG", **more))
         assert parts < 60 and 1 <= scans <= 12
         assert (size > 8000) == ("exif" in more)
 
@@ -199,7 +199,7 @@ def test_a_file_without_its_end_is_measured_too() -> None:
     for kind in ("PNG", "JPEG", "GIF", "WEBP"):
         data = file_of(picture(1), kind)
         for size in range(0, len(data), max(1, len(data) // 150)):
-            pictures._check_parts(data[:size], "it")
+            pictures.check_parts(data[:size], "it")
 
 
 def test_the_first_of_a_cameras_pictures_is_read_and_an_animation_is_refused_at_its_second_frame() -> None:
