@@ -199,7 +199,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one target forward: all sequences flat, no padding.
+    """The rows of one target forward: all sequences flat, no padding. A drafter may ask for some of the scored rows, in any order.
 
     token:    [N] int64. position: [N] int64 absolute positions (siblings share one). segments: one per sequence, in order of rows.
     scored:   [M] rows that get logits: the last prefix rows of the B scored segments, then their K nodes. given: of images.

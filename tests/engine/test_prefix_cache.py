@@ -14,7 +14,7 @@ from outrider.control.fixed import Fixed
 from outrider.drafters.none import NoDraft
 from outrider.engine.outputs import Result
 from outrider.errors import ConfigError
-from outrider.models.guided import Guided
+from outrider.models.guided import FreeText, Guided
 from outrider.models.toy import TinyLM
 from outrider.nn.kv import PagedKV
 from outrider.params import SamplingParams
@@ -256,14 +256,17 @@ def test_who_does_not_fit_beside_the_others_waits() -> None:
     assert one.state.room.sums.preempted == 0
 
 
-def test_guided_texts_wait_for_pages_too() -> None:
+@pytest.mark.parametrize("free", [FreeText({2: 3}), FreeText(mark=2, prompt=(2,)), FreeText(mark=2, prompt=(5,) * 20)])
+def test_guided_texts_wait_for_pages_too(free: FreeText) -> None:
     """Each takes the pages of two, shares nothing, and is the same text in a small cache."""
     prompts, p = [[i, 2, 3, i] for i in range(3)], SamplingParams(max_tokens=24, seed=5, ignore_eos=True)
-    texts = []
+    texts, sent = [], 0
     for limit in (None, 40):
-        one = Engine(Guided(model(limit), {2: 3}, 1.5), NoDraft(), load_rule("match"), Fixed(0), slots=3, max_length=64)
+        one = Engine(Guided(model(limit), free, 1.5), NoDraft(), load_rule("match"), Fixed(0), slots=3, max_length=64)
         texts.append([r.outputs[0].token_ids for r in one.generate(prompts, p)])
+        sent += one.state.room.sums.preempted
     assert texts[0] == texts[1]
+    assert sent > 0
 
 
 def test_memory_that_cannot_be_limited_is_said_so() -> None:

@@ -12,14 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    Emu3Config,
-    Emu3ForConditionalGeneration,
-    JanusConfig,
-    JanusForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
+from transformers import JanusForConditionalGeneration
 
 from outrider.cli import main
 from outrider.errors import ConfigError, RequestError
@@ -28,68 +21,16 @@ from outrider.models.config import read_raw_config
 from outrider.models.counts import check_counts
 from outrider.models.framed import NEVER
 from outrider.models.hf.generators import CLIP, kind_of, load_generator, pixels
+from outrider.models.hf.target import HFTarget
+from tests.checkpoints_generators import CODES, SIDE, emu3_written, generator, noisy, tokenizer_of
 
-SIDE, CODES = 4, 24
-BYTES = 256
-MARKS = {
-    "janus": ("<pad>", "<s>", "</s>", "<begin_of_image>", "<end_of_image>", "<image_placeholder>"),
-    "emu3": ("<pad>", "<s>", "</s>", "<|image start|>", "<|image token|>", "<|image end|>", "<|extra_200|>", "<image>"),
-}
-VISUAL = [f"<|visual token {i:06d}|>" for i in range(CODES)]
-TEXT = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 256, "initializer_range": 0.3,
-}  # fmt: skip
 WORDS = "a red boat"
 DRAFTS = ["ngram", "jacobi:4", "jacobi:4:up4", "recycle"]
 
 
-def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
-    """Bytes, the family's marks, and for Emu3 its image codes."""
-    core = Tokenizer(
-        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.add_special_tokens([*MARKS[kind], *(VISUAL if kind == "emu3" else [])])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def janus_config(tokenizer: Any) -> JanusConfig:
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
-    text = {"model_type": "llama", "vocab_size": len(tokenizer), **TEXT}
-    vq = {
-        "embed_dim": 8, "num_embeddings": CODES, "latent_channels": 16, "num_patches": SIDE, "base_channels": 32,
-        "channel_multiplier": [1, 1], "num_res_blocks": 1, "projection_dim": 64, "num_hidden_layers": 2,
-        "image_token_embed_dim": 64,
-    }  # fmt: skip
-    vision = {**small, "projection_dim": 64, "num_image_tokens": SIDE * SIDE}
-    return JanusConfig(text_config=text, vision_config=vision, vq_config=vq)
-
-
-def emu3_config(tokenizer: Any) -> Emu3Config:
-    vq = {
-        "codebook_size": CODES, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 1],
-        "num_res_blocks": 1, "attn_resolutions": [], "hidden_size": 32, "num_attention_heads": 1, "temporal_downsample_factor": 1,
-    }  # fmt: skip
-    text = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **TEXT}
-    return Emu3Config(vq_config=vq, text_config=text, vocabulary_map=tokenizer.get_vocab())
-
-
 @pytest.fixture(scope="module", params=["janus", "emu3"])
 def folder(request, tmp_path_factory) -> Path:
-    kind, place = request.param, tmp_path_factory.mktemp(request.param)
-    tokenizer = tokenizer_of(kind)
-    torch.manual_seed(5)
-    if kind == "janus":
-        model: Any = JanusForConditionalGeneration(janus_config(tokenizer))
-        model.generation_config.update(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
-        model.generation_config.guidance_scale = 3.0
-    else:
-        model = Emu3ForConditionalGeneration(emu3_config(tokenizer))
-    model.eval().save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    (place / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.3] * 3}))
-    return place
+    return generator(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def size_of(folder: Path) -> tuple[int, int] | None:
@@ -102,8 +43,8 @@ def painter_of(folder: Path, draft: str = "none", **options: Any) -> Painter:
     return load_painter(folder, draft, length=4 if draft != "none" else 0, size=size_of(folder), **options)
 
 
-def own_codes(folder: Path) -> tuple[list[int], Any]:
-    """Transformers' own greedy image of `WORDS`, and the model."""
+def own_codes(folder: Path, **guidance: Any) -> tuple[list[int], Any]:
+    """Transformers' own greedy image of `WORDS`, and the model. guidance: of Emu3."""
     ids = load_generator(folder, torch.float32, size_of(folder)).prompt(WORDS)
     if "janus" in folder.name:
         model: Any = JanusForConditionalGeneration.from_pretrained(folder)
@@ -116,19 +57,8 @@ def own_codes(folder: Path) -> tuple[list[int], Any]:
         except TypeError as error:  # transformers 5.16 forgets an argument of its own function
             pytest.skip(f"this release of transformers cannot draw with Janus: {error}")
         return made[0].tolist(), model
-    model = Emu3ForConditionalGeneration.from_pretrained(folder)
-    height, width = 3, 5
-    names, begin = model.vocabulary_mapping, len(ids)
-
-    def allowed(_: int, text: torch.Tensor) -> list[int]:
-        return [names.eol_token_id] if (len(text) - begin) % (width + 1) == width else names.image_tokens
-
-    inputs = torch.tensor([ids])
-    made = model.generate(
-        inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=height * (width + 1),
-        prefix_allowed_tokens_fn=allowed, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return made[0, begin:].tolist(), model
+    made, model = emu3_written(folder, ids, (3, 5), **guidance)
+    return made.sequences[0, len(ids) :].tolist(), model
 
 
 def test_the_greedy_image_is_transformers_own_plain_and_drafted(folder: Path) -> None:
@@ -195,27 +125,56 @@ def test_nothing_but_codes_can_be_drawn_and_rows_end_where_they_must(folder: Pat
         assert [t for t in drawing.tokens if not frame.codes[t]] == [frame.row_end] * (len(drawing.tokens) - len(codes))
 
 
-def test_rules_of_nearness_know_the_codebook_where_codes_come_first(folder: Path) -> None:
+def test_rules_of_nearness_know_the_codebook_as_the_model_decodes_it(folder: Path) -> None:
+    made = load_generator(folder, torch.float32, size_of(folder))
+    codes = np.flatnonzero(made.frame.codes.numpy())
+    assert np.array_equal(np.flatnonzero(~np.isnan(made.points).any(-1)), codes)  # marks and texts have no place
+    gaps = np.linalg.norm(made.points[codes, None] - made.points[codes], axis=-1)
+    assert 0.1 < gaps.max() <= 1.0
+    whole = HFTarget.load(folder, dtype=torch.float32, pictured=True).model.model
     if "janus" in folder.name:
-        painter = painter_of(folder, str(folder), rule="neighbours:delta=0.2,k=4,per_token=0.1", allow_lossy=True)
-        painter.draw([(WORDS, 1)])
-        points = load_generator(folder).points
-        assert points is not None
-        assert 0.1 < np.linalg.norm(points[:, None] - points[None], axis=-1).max() <= 1.0
-    else:
-        with pytest.raises(ConfigError, match="choose tv_budget"):
-            painter_of(folder, str(folder), rule="neighbours:delta=0.2,k=4", allow_lossy=True)
+        book = torch.nn.functional.normalize(whole.vqmodel.quantize.embedding.weight, dim=-1)
+    else:  # which code a token is, transformers says
+        book = whole.vqmodel.quantize.embedding.weight[
+            whole.vocabulary_mapping.convert_bpe2img(torch.tensor([[*codes, 0]]))[0]
+        ]
+    own = torch.cdist(book, book).detach().numpy()
+    assert np.allclose(gaps, own * (gaps.max() / own.max()), atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["neighbours:delta=0.3,k=4", "cluster:k=6,gap=0.3,near=0.5"])
+def test_rules_of_nearness_spend_what_they_may_and_no_more(folder: Path, rule: str) -> None:
+    """With a draft of other weights: some bias, none of it where a mark ends a row, and never more than the budget."""
+    other = noisy(folder)
+    options = {"rule": f"{rule},per_token=0.1,per_sequence=0.5", "allow_lossy": True, "slots": 2}
+    painter = painter_of(folder, str(other), **options)
+    drawings = painter.draw([(WORDS, i) for i in range(4)])
+    counts, frame = painter.engine.counts, painter.raster.frame  # type: ignore[attr-defined]
+    assert 0 < counts.bias <= 4 * 0.5 + 1e-9
+    assert counts.rejected > 0
+    for drawing in drawings:
+        codes = frame.codes_of(drawing.tokens)
+        assert bool(frame.codes[codes].all())
+        assert [t for t in drawing.tokens if not frame.codes[t]] == [frame.row_end] * (len(drawing.tokens) - len(codes))
 
 
 def test_what_it_cannot_do_is_said_in_one_sentence(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="say what to draw"):
         painter_of(folder).draw([(None, 0)])
     if "janus" in folder.name:
+        with pytest.raises(ConfigError, match="text without condition of its own: leave out the negative"):
+            painter_of(folder, negative="blurry")
         with pytest.raises(ConfigError, match="4 x 4 codes only"):
             load_painter(folder, "none", length=0, size=(8, 8))
     else:
-        with pytest.raises(ConfigError, match="guided"):
-            painter_of(folder, guidance=2.0)
+        with pytest.raises(ConfigError, match="mark behind which an image begins"):
+            painter_of(folder).draw([("a <|image token|> here", 0)])
+        with pytest.raises(ConfigError, match="scale is 1 here: set it"):
+            painter_of(folder, negative="blurry")
+        with pytest.raises(ConfigError, match="use at most 1024"):
+            painter_of(folder, guidance=2.0, negative="blurry" * 300)
+        with pytest.raises(ConfigError, match="shorten the negative prompt"):
+            painter_of(folder, guidance=2.0, negative="blurry" * 60)
         with pytest.raises(ConfigError, match="does not fit"):
             load_painter(folder, "none", length=0, size=(40, 40))
         painter = painter_of(folder)
@@ -261,6 +220,9 @@ def test_the_command_draws_them_and_names_the_option_that_is_missing(
     assert picture.shape == (size[0] * side, 2 * size[1] * side + 1, 3)
     assert run("--out", str(out), *given) == 2
     assert "--prompt" in capsys.readouterr().err
+    guided = ("--prompt", WORDS, "--guidance", "3", "--negative-prompt", "blurry", "--count", "1", "--out", str(out))
+    assert run(*guided, *given) == (2 if "janus" in folder.name else 0)
+    assert ("leave out the negative prompt" in capsys.readouterr().err) == ("janus" in folder.name)
     assert run("--prompt", WORDS, "--size", "4y4") == 2
     assert "such as 32x32" in capsys.readouterr().err
 

@@ -17,9 +17,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, RwkvForCausalLM
 
+from outrider.build import Engine
+from outrider.control.fixed import Fixed
+from outrider.drafters.model.drafter import ModelDrafter
 from outrider.errors import CapabilityError, CapacityError, ConfigError
 from outrider.models.hf.target import HFTarget
+from outrider.params import SamplingParams
 from outrider.types import Draft, Rows
+from outrider.verify import load_rule
 from tests.models.hf_families import EXACT, FAMILIES, NEW, SPREAD, V, build, plain
 
 
@@ -220,6 +225,18 @@ def test_trees_need_the_seam() -> None:
     assert target.rewinds
     with pytest.raises(CapabilityError, match="chain"):
         target.forward(Rows.assemble([0, 1, 2], PROMPTS, [0, 0, 0], TREE), target.new_kv(3, 30))
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_model_drafts_trees_for_itself(slots: int) -> None:
+    """A tree asks for the logits of its last level alone; alone in a step too, where these are not all of the last rows."""
+    model = HFTarget(build("llama"))
+    drafter = ModelDrafter(model, 3, branching=(2, 1, 1), siblings="without_replacement")
+    one = Engine(model, drafter, load_rule("traversal"), Fixed(3), slots=slots, max_length=60)
+    one.generate(PROMPTS, SamplingParams(max_tokens=21, ignore_eos=True, seed=1))
+    assert one.defects == 0
+    assert one.counts.rejected == 0
+    assert one.counts.accepted == one.counts.judged > 30
 
 
 class Sealed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ from outrider.nn.kv import check_kept, check_room
 from outrider.nn.layers import FusedLayer, Mlp, rms_norm
 from outrider.nn.masks import ancestor_mask
 from outrider.nn.row_cache import RowCache
-from outrider.nn.row_parts import last_scored
-from outrider.types import Draft, Rows, Segment, Tree
+from outrider.nn.row_parts import last_scored, run_parts
+from outrider.types import Draft, Rows, Scores, Segment, Tree
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -232,5 +233,26 @@ def test_the_scored_rows_are_the_last_ones_or_not() -> None:
         found, count = rows.scored.tolist(), len(rows.scored)
         are_last = count > 0 and found == list(range(rows.count - count, rows.count))
         assert last_scored(rows) == (count if are_last else None)
+        if count > 1:  # a drafter asks for some of them alone
+            assert last_scored(replace(rows, scored=rows.scored[1:])) is None
         seen[are_last] += 1
     assert min(seen.values()) > 100
+
+
+def test_a_forward_in_parts_is_that_of_the_whole() -> None:
+    """Logits and hidden states in the order asked for, also where some of the scored rows are wanted alone, in any order."""
+
+    def run(rows: Rows) -> Scores:
+        return Scores(torch.stack([rows.token, rows.position], 1)[rows.scored], (rows.token[:, None],))
+
+    g = random.Random(1)
+    for _ in range(100):
+        wanted = [g.random() < 0.8 for _ in range(4)]
+        trees = [([g.randrange(99) for _ in range(n)], range(-1, n - 1)) for n in g.choices((0, 1, 3), k=sum(wanted))]
+        prefixes = [[g.randrange(99) for _ in range(g.choice((1, 4)))] for _ in wanted]
+        rows = Rows.assemble([0, 1, 2, 3], prefixes, [g.randrange(9) for _ in wanted], Draft.join(trees), wanted)
+        some = replace(rows, scored=rows.scored[g.sample(range(len(rows.scored)), len(rows.scored) // 2)])
+        for asked in (rows, some):
+            whole, parts = run(asked), run_parts(asked, [([1], run), ([0, 2, 3], run)])
+            assert torch.equal(parts.logits, whole.logits)
+            assert torch.equal(parts.hidden[0], whole.hidden[0])

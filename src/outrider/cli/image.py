@@ -30,6 +30,8 @@ def image(options: EngineOptions, asked: ImageOptions, sampling: Any, json: Json
     Example: outrider image --class 7 --out grid.png --colour
 
     A model of transformers that writes images: outrider image --target JANUS --prompt "a red boat" --count 1
+
+    Emu3, away from something: outrider image --target EMU3 --prompt "a red boat" --guidance 3 --negative-prompt blurry
     """
     from outrider.assets import shipped_images
     from outrider.evaluate.images import load_painter, takes_descriptions
@@ -54,6 +56,7 @@ def image(options: EngineOptions, asked: ImageOptions, sampling: Any, json: Json
             allow_lossy=options.allow_lossy,
             dtype=options.dtype,
             size=size_of(asked.size),
+            negative=asked.negative,
         )
     jobs = wanted(asked, painter.raster)
     tell(painter.engine.notices)

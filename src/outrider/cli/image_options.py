@@ -36,6 +36,14 @@ class ImageOptions:
             show_default=False,
         ),
     ] = None
+    negative: Annotated[
+        str | None,
+        typer.Option(
+            "--negative-prompt",
+            help="What guidance leads away from, in words, for models that take such a text (Emu3).",
+            show_default=False,
+        ),
+    ] = None
     size: Annotated[
         str | None,
         typer.Option(
@@ -61,7 +69,7 @@ class ImageOptions:
             "--guidance",
             min=0.0,
             max=100.0,
-            help="Scale of classifier-free guidance. Default: the model's.",
+            help="Scale of classifier-free guidance, 1 for none. Default: the model's.",
             show_default=False,
         ),
     ] = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from outrider.evaluate.png import Picture
 from outrider.models.config import read_raw_config
 from outrider.models.dtypes import choose_dtype
 from outrider.models.framed import Framed
-from outrider.models.guided import Guided
+from outrider.models.guided import FreeText, Guided
 from outrider.models.hf.generators import ImageGenerator, load_generator
 from outrider.protocols import Target
 
@@ -59,37 +59,53 @@ class Written:
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A folder's target, what its tokens mean, the places of its codes for rules of nearness, and how drafts are loaded.
+    """A folder's target, what its tokens mean, the places of its codes for rules of nearness (`verify.codes`), and how drafts are
+    loaded.
 
     most: tokens of the longest text.
     """
 
     target: Target
     code: Any
-    points: torch.Tensor | None
+    points: torch.Tensor
     draft: Callable[[str], Target]
     most: int
 
 
-def open_generator(place: Path, guidance: float | None, dtype: str, size: tuple[int, int] | None) -> Opened:
-    """A model that writes images. guidance: None: its own scale. Raises ConfigError if it cannot be guided, or not be read."""
+def open_generator(
+    place: Path, guidance: float | None, dtype: str, size: tuple[int, int] | None, negative: str | None = None
+) -> Opened:
+    """A model that writes images. guidance: None: its own scale. negative: what the text without a condition describes; None: it is
+    the model's own. Raises ConfigError for a model whose free text cannot be another, or that cannot be read."""
     raw = read_raw_config(place)
     kind = choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), torch.device("cpu"), lean=False)
 
-    def target_of(model: ImageGenerator) -> Target:
-        scale = model.guidance if guidance is None else guidance
-        if scale != 1.0 and not model.free:
-            raise ConfigError(f"{place} has no text without its condition to be guided by: leave out the guidance")
-        guided = model.target if scale == 1.0 else Guided(model.target, model.free, scale)
-        return Framed(guided, model.frame)
-
     model = load_generator(place, kind, size)
-    points = None if model.points is None else torch.from_numpy(model.points)
-    most = min(model.target.max_length, PROMPT + model.frame.tokens)
+    scale = model.guidance if guidance is None else guidance
+
+    def target_of(model: ImageGenerator, place: Path) -> Target:
+        free = model.free if negative is None else described(model, negative, scale, place)
+        return Framed(model.target if scale == 1.0 else Guided(model.target, free, scale), model.frame)
+
+    def draft(path: str) -> Target:
+        return target_of(load_generator(Path(path), kind, size), Path(path))
+
+    target = target_of(model, place)
+    most = min(target.max_length, PROMPT + model.frame.tokens)
     if most <= model.frame.tokens:
         raise ConfigError(
             f"a picture of {model.frame.tokens} tokens does not fit the {most} positions of {place}: choose a smaller size"
         )
-    return Opened(
-        target_of(model), Written(model), points, lambda path: target_of(load_generator(Path(path), kind, size)), most
-    )
+    return Opened(target, Written(model), torch.from_numpy(model.points), draft, most)
+
+
+def described(model: ImageGenerator, negative: str, scale: float, place: Path) -> FreeText:
+    """The free text of a description. ConfigError where there can be none, or where it would change nothing."""
+    if model.free.mark is None:
+        raise ConfigError(f"{place} has a text without condition of its own: leave out the negative prompt")
+    if scale == 1.0:
+        raise ConfigError("a negative prompt acts by guidance, whose scale is 1 here: set it, for instance to 3")
+    tokens = model.prompt(negative)
+    if len(tokens) > PROMPT:
+        raise ConfigError(f"the negative prompt has {len(tokens)} tokens with its marks: use at most {PROMPT}")
+    return replace(model.free, prompt=tuple(tokens))

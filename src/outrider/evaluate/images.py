@@ -17,13 +17,13 @@ from outrider.evaluate.generated import Opened, open_generator
 from outrider.evaluate.png import Picture
 from outrider.models.folder import resolve_folder
 from outrider.models.framed import Frame, Framed
-from outrider.models.guided import Guided
+from outrider.models.guided import FreeText, Guided
 from outrider.models.hf.generators import GENERATORS, kind_of
 from outrider.models.load import load_target
 from outrider.params import SamplingParams
 from outrider.protocols import Target
 from outrider.raster import FILE, read_raster
-from outrider.verify import best_exact, load_rule, reads_codes
+from outrider.verify import best_exact, load_rule
 
 TINTS = {"accepted": (60, 170, 90), "corrected": (225, 50, 50), "bonus": (50, 150, 220), "sampled": (150, 150, 150)}
 """Colours of tokens by origin: accepted drafts, corrections where a draft was rejected, tokens behind a whole accepted draft."""
@@ -139,23 +139,24 @@ def load_painter(
     allow_lossy: bool = False,
     dtype: str = "auto",
     size: tuple[int, int] | None = None,
+    negative: str | None = None,
 ) -> Painter:
     """An engine for the image model of a folder. draft: a spec of `load_drafter`; a draft model is guided as the target is.
 
     dtype: see `load_target`. guidance: its scale; None: the model's own. size: height and width in codes, for models that write
-    pictures of any size. Raises ConfigError for a folder that has no raster.json and is no model that writes images, or one whose
-    raster.json does not fit.
+    pictures of any size. negative: a description of what guidance leads away from, for models whose text without a condition can be
+    any. Raises ConfigError for a folder that has no raster.json and is no model that writes images, or one whose raster.json does
+    not fit.
     """
     place = resolve_folder(folder)
     written = takes_descriptions(place)
     if size is not None and not written:
         raise ConfigError(f"{place} has pictures of one size: leave out the size")
-    opened = open_generator(place, guidance, dtype, size) if written else open_raster(place, guidance, dtype)
-    if reads_codes(rule) and opened.points is None:
+    if negative is not None and not written:
         raise ConfigError(
-            f"rule {rule.partition(':')[0]!r} compares image codes, and those of {place} have no table of their own: "
-            "choose tv_budget"
+            f"{place} draws classes, and guidance leads away from that of none: leave out the negative prompt"
         )
+    opened = open_generator(place, guidance, dtype, size, negative) if written else open_raster(place, guidance, dtype)
     made = load_rule(rule, opened.points)
     drafter = load_drafter(
         draft if length else "none",
@@ -187,7 +188,7 @@ def open_raster(place: Path, guidance: float | None, dtype: str) -> Opened:
     def drawing(model: Target) -> Target:
         """The model guided, and of its vocabulary nothing but colours: a bias of logits would be outweighed by a large scale of
         guidance, and divided by a high temperature."""
-        guided = model if scale == 1.0 else Guided(model, raster.conditions(), scale)
+        guided = model if scale == 1.0 else Guided(model, FreeText(raster.conditions()), scale)
         colours = torch.arange(model.vocab_size) < len(raster.colours)
         return Framed(guided, Frame(colours, raster.height, raster.width))
 

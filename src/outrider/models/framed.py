@@ -17,10 +17,16 @@ from torch import Tensor
 
 from outrider.errors import RequestError
 from outrider.protocols import KVCache, Target
+from outrider.transfer import upload
 from outrider.types import Rows, Scores
 
 NEVER = torch.finfo(torch.float32).min
 """Logit of what cannot be drawn; finite, so that differences of logits stay numbers."""
+
+
+def unbegun(mark: int) -> RequestError:
+    """What is said of a text without the mark behind which an image begins."""
+    return RequestError(f"no image begins in this text: end the prompt with token {mark}, as the model's own")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -63,12 +69,13 @@ class Framed:
         self.vocab_size, self.hidden_size, self.layers = inner.vocab_size, inner.hidden_size, inner.layers
         self.max_length, self.trees, self.rewinds = inner.max_length, inner.trees, inner.rewinds
         self.dtype, self.device, self.notices = inner.dtype, inner.device, inner.notices
+        self.token_bytes = getattr(inner, "token_bytes", 0)
         self._codes = frame.codes.to(inner.device)
         self._begin: MutableMapping[KVCache, dict[int, int]] = WeakKeyDictionary()
 
-    def new_kv(self, slots: int, length: int) -> KVCache:
+    def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> KVCache:
         """See `protocols.Target`."""
-        return self.inner.new_kv(slots, length)
+        return self.inner.new_kv(slots, length, **({} if memory is None else {"memory": memory}))
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         """See `protocols.Target`. Raises RequestError for a text in which no image begins."""
@@ -88,14 +95,11 @@ class Framed:
             places = (rows.token[s.first : s.first + s.fed] == frame.begin).nonzero()
             if len(places):
                 begins[s.slot] = int(rows.position[s.first + int(places[-1])]) + 1
-        scored = [s for s in rows.segments if s.scored]
-        slots = [s.slot for s in scored] + [s.slot for s in scored for _ in s.parent]
-        if any(slot not in begins for slot in slots):
-            raise RequestError(
-                f"no image begins in this text: end the prompt with token {frame.begin}, as the model's own"
-            )
-        first = torch.tensor([begins[slot] for slot in slots], device=rows.position.device)
-        ends = (rows.position[rows.scored] + 1 - first) % frame.line == frame.width
+        if any(s.scored and s.slot not in begins for s in rows.segments):
+            raise unbegun(frame.begin or 0)
+        first = [begins.get(s.slot, 0) for s in rows.segments for _ in range(s.count)]
+        behind = rows.position + 1 - upload(first, torch.int64, rows.position.device)
+        ends = behind[rows.scored] % frame.line == frame.width
         mark = torch.arange(self.vocab_size, device=self.device) == frame.row_end
         return torch.where(ends[:, None], mark[None], self._codes[None])
 

@@ -21,29 +21,25 @@ class Part:
 
 
 def last_scored(rows: Rows) -> int | None:
-    """How many of the last rows the scored ones are, if they are those, in order; None: they lie elsewhere. A view of the last rows
-    is the cheaper choice of rows."""
+    """How many of the last rows the scored ones are, if they are those, in order; None: they lie elsewhere, or are only some.
+    A view of the last rows is the cheaper choice of rows."""
     anchors = [s.first + s.fed - 1 for s in rows.segments if s.scored]
     nodes = [i for s in rows.segments for i in range(s.first + s.fed, s.first + s.count)]
     found = anchors + nodes
-    return len(found) if found and found == [*range(rows.count - len(found), rows.count)] else None
+    whole = len(found) == len(rows.scored) > 0
+    return len(found) if whole and found == [*range(rows.count - len(found), rows.count)] else None
 
 
 def take_segments(rows: Rows, index: Sequence[int]) -> Part:
     """The forward of the segments `index` (ascending) of `rows`."""
     segments: list[Segment] = []
     flat: list[int] = []
-    roots: list[tuple[int, int]] = []  # (row in the part, place in the whole) of the anchors, then of the nodes
-    nodes: list[tuple[int, int]] = []
     for i in index:
-        s, first = rows.segments[i], len(flat)
-        segments.append(replace(s, first=first))
+        s = rows.segments[i]
+        segments.append(replace(s, first=len(flat)))
         flat += range(s.first, s.first + s.count)
-        anchor = first + s.fed - 1
-        pairs = list(zip(range(anchor, first + s.count), rows.scored_rows[i], strict=False))  # none if it is not scored
-        roots += pairs[:1]
-        nodes += pairs[1:]
-    scored = roots + nodes
+    number = {row: i for i, row in enumerate(flat)}
+    scored = [(number[row], place) for place, row in enumerate(rows.scored.tolist()) if row in number]
     pick = torch.tensor(flat, device=rows.token.device)
     part = Rows(
         rows.token[pick],

@@ -90,6 +90,7 @@ def create_app(
         watching.cancel()
         telling.cancel()
         await bridge.close(settings.grace)
+        v1.reading.close()
         for ticket in list(bridge.tickets.values()):  # replies that were still open are recorded too
             bridge.release(ticket)
         if trial is not None:

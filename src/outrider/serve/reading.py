@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,11 @@ class Reading:
         self.bridge, self.settings = bridge, settings
         self._speech: asyncio.Future[Speech] | None = None
         self._decoding = asyncio.Lock()
+        self._pictures = ThreadPoolExecutor(1, "pictures")
+
+    def close(self) -> None:
+        """Read no more pictures."""
+        self._pictures.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------ the model's language
     def begin(self) -> asyncio.Future[Speech]:
@@ -206,13 +212,14 @@ class Reading:
 
     async def alone(self, read: Callable[[], ImagePrompt]) -> ImagePrompt:
         """Read the pictures of one request in a thread, which may take much memory: after those of others, also of those who no
-        longer wait for them. Raises Unavailable after IMAGE_SECONDS of waiting, or of its own."""
+        longer wait for them, and in the same thread, for every thread keeps memory that it has freed. Raises Unavailable after
+        IMAGE_SECONDS of waiting, or of its own."""
         try:
             async with asyncio.timeout(IMAGE_SECONDS):
                 await self._decoding.acquire()
         except TimeoutError:  # each that waits holds its pictures
             raise Unavailable("the images of others took too long to read: try again later") from None
-        reading = asyncio.ensure_future(asyncio.to_thread(read))
+        reading = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(self._pictures, read))
         reading.add_done_callback(lambda _: self._decoding.release())
         reading.add_done_callback(_failed)  # nobody may be waiting for it
         try:

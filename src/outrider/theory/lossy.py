@@ -238,13 +238,15 @@ RULES: Mapping[str, Callable[..., Step]] = MappingProxyType(
 def neighbours(target: npt.ArrayLike, draft: npt.ArrayLike, points: npt.ArrayLike, delta: float, k: int) -> Step:
     """LANTERN (Jang et al. 2025): p(x) is lifted by the mass of its nearest codes as long as that stays within delta.
 
-    target, draft: [V]. points: [V, d] the codes. One code at a time, as the paper states it; the engine's rule takes all at once.
+    target, draft: [V]. points: [V, d] the codes, NaN for tokens that are none: they have no neighbours. One code at a time, as the
+    paper states it; the engine's rule takes all at once.
     """
     p, q = pair(target, draft)
     codes, accept = np.asarray(points, dtype=float), np.ones(len(p))
     for x in range(len(p)):
         gaps = np.linalg.norm(codes - codes[x], axis=1)
-        others = [y for y in sorted(range(len(p)), key=lambda y: (gaps[y], y)) if y != x][:k]
+        near = [y for y in range(len(p)) if y != x and not np.isnan(gaps[y])]
+        others = sorted(near, key=lambda y: (gaps[y], y))[:k]
         moved = 0.0
         for y in others:
             if moved + p[y] > delta:
@@ -257,10 +259,15 @@ def neighbours(target: npt.ArrayLike, draft: npt.ArrayLike, points: npt.ArrayLik
 def cluster(
     target: npt.ArrayLike, draft: npt.ArrayLike, points: npt.ArrayLike, k: int, gap: float, near: float
 ) -> Step:
-    """Grouped speculative decoding (So et al. 2025): P(C) / Q(C) of the codes around x in the order of p that are like it."""
+    """Grouped speculative decoding (So et al. 2025): P(C) / Q(C) of the codes around x in the order of p that are like it.
+
+    points: as for `neighbours`.
+    """
     p, q = pair(target, draft)
     codes, accept = np.asarray(points, dtype=float), np.ones(len(p))
-    order = sorted(range(len(p)), key=lambda y: (-p[y], y))
+    order = sorted((y for y in range(len(p)) if not np.isnan(codes[y]).any()), key=lambda y: (-p[y], y))
+    alone = [y for y in range(len(p)) if y not in order and q[y] > 0]
+    accept[alone] = np.minimum(1.0, p[alone] / q[alone])
     for rank, x in enumerate(order):
         around = order[max(0, rank - k // 2) : rank + k // 2 + 1]
         members = [

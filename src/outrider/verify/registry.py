@@ -126,11 +126,11 @@ def reads_codes(text: str) -> bool:
     return entry is not None and entry.codes
 
 
-def load_rule(text: str, points: Float64[Tensor, "C d"] | None = None) -> Rule:
+def load_rule(text: str, points: Float64[Tensor, "T d"] | None = None) -> Rule:
     """The rule named by `name` or `name:key=value,...`. Raises ConfigError naming the nearest known name.
 
-    points: of the target's image codes, for rules that look at their distances; None: codes on a line, in the order of
-    their numbers.
+    points: of the target's tokens that are image codes, for rules that look at their distances, NaN for tokens that are none; None:
+    codes on a line, in the order of their numbers.
     """
     name, _, rest = text.partition(":")
     entry = RULES.get(ALIASES.get(name, name))

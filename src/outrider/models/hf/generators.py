@@ -24,6 +24,7 @@ from outrider.errors import CapabilityError, ConfigError
 from outrider.files import read_json
 from outrider.models.config import CONFIG, CONFIG_BYTES
 from outrider.models.framed import Frame
+from outrider.models.guided import FreeText
 from outrider.models.hf.state import brief
 from outrider.models.hf.target import HFTarget
 
@@ -41,18 +42,18 @@ class ImageGenerator:
     """A model that writes images.
 
     target: scores image codes; texts outside images are not its business (`models.framed`). prompt: a description -> tokens, up to
-    the place where the image begins. decode: the codes of one image, all of them -> pixels. free: token -> its stand-in in the
-    text without a condition, for guidance; empty: the model has no such text. guidance: its own scale. points: [C, d] the codebook,
-    scaled so that no two codes are more than 1 apart, if codes are the first C tokens; None otherwise.
+    the place where the image begins. decode: the codes of one image, all of them -> pixels. free: the text without a condition, for
+    guidance. guidance: its own scale. points: [V, d] the place of every token's code in the codebook, scaled so that no two are
+    more than 1 apart; NaN: it is no code.
     """
 
     target: HFTarget
     frame: Frame
     prompt: Callable[[str], list[int]]
     decode: Decode
-    free: Mapping[int, int]
+    free: FreeText
     guidance: float
-    points: Float[np.ndarray, "C d"] | None = None
+    points: Float[np.ndarray, "V d"]
 
 
 class CodeHead(nn.Module):
@@ -149,17 +150,11 @@ def _janus(whole: HFTarget, tokenizer: Any, folder: Path, size: tuple[int, int] 
             return pixels(folder, ([0.5] * 3, [0.5] * 3), model.decode_image_tokens(torch.tensor([list(values)]))[0])
 
     frame = Frame(torch.arange(len(table)) < codes, side, side)
-    points = nn.functional.normalize(inner.vqmodel.quantize.embedding.weight.detach().float(), dim=-1)  # as it decodes
-    scale = float(settings.guidance_scale or 5.0)
-    return ImageGenerator(
-        HFTarget(causal.eval().requires_grad_(False), ours=True),
-        frame,
-        prompt,
-        decode,
-        free,
-        scale,
-        (points / 2).double().numpy(),
-    )
+    book = nn.functional.normalize(inner.vqmodel.quantize.embedding.weight.detach().float(), dim=-1)  # as it decodes
+    points = placed(len(table), {i: i for i in range(codes)}, book / 2)
+    target = HFTarget(causal.eval().requires_grad_(False), ours=True)
+    scale = max(1.0, scale_of(settings, 5.0))  # transformers guides with none below 1
+    return ImageGenerator(target, frame, prompt, decode, FreeText(free), scale, points)
 
 
 def _emu3(whole: HFTarget, tokenizer: Any, folder: Path, size: tuple[int, int] | None) -> ImageGenerator:
@@ -170,8 +165,13 @@ def _emu3(whole: HFTarget, tokenizer: Any, folder: Path, size: tuple[int, int] |
         raise ConfigError(f"an image of {height} x {width} codes cannot be written: choose at most {MOST} codes")
     names = model.model.vocabulary_mapping
     code_of = {int(token): int(code) for token, code in names.bpe2img.items()}
-    if not code_of or names.eol_token_id is None:
+    book = model.model.vqmodel.quantize.embedding.weight.detach().float()
+    if names.eol_token_id is None or not code_of:
         raise ConfigError(f"{folder}: its vocabulary_map names no image codes: fetch config.json again")
+    if not (max(code_of.values()) < len(book) and max(code_of) < whole.vocab_size):
+        raise ConfigError(
+            f"{folder}: its vocabulary_map and its weights are of different models: fetch the folder again"
+        )
     begin = _named(tokenizer, ("image_wrapper_token", "<|image token|>"), folder)
     start = _named(tokenizer, ("boi_token", "<|image start|>"), folder)
     codes = torch.zeros(whole.vocab_size, dtype=torch.bool)
@@ -179,7 +179,10 @@ def _emu3(whole: HFTarget, tokenizer: Any, folder: Path, size: tuple[int, int] |
 
     def prompt(description: str) -> list[int]:
         shape = tokenizer.encode(f"{height}*{width}", add_special_tokens=False)
-        return [*_asked(tokenizer, description), start, *shape, begin]
+        tokens = [*_asked(tokenizer, description), start, *shape, begin]
+        if tokens.index(begin) < len(tokens) - 1:
+            raise ConfigError("the description has the mark behind which an image begins: leave it out")
+        return tokens
 
     def decode(values: Sequence[int]) -> np.ndarray:
         with torch.no_grad():
@@ -188,7 +191,22 @@ def _emu3(whole: HFTarget, tokenizer: Any, folder: Path, size: tuple[int, int] |
             )
         return pixels(folder, CLIP, made.reshape(-1, *made.shape[-2:])[:3].permute(1, 2, 0))
 
-    return ImageGenerator(whole, Frame(codes, height, width, int(names.eol_token_id), begin), prompt, decode, {}, 1.0)
+    frame, free = Frame(codes, height, width, int(names.eol_token_id), begin), FreeText(mark=begin, prompt=(begin,))
+    spread = book - book.mean(0)
+    points = placed(whole.vocab_size, code_of, spread / (2 * spread.norm(dim=-1).max()).clamp(min=1e-30))
+    return ImageGenerator(whole, frame, prompt, decode, free, scale_of(model.generation_config, 1.0), points)
+
+
+def scale_of(settings: Any, default: float) -> float:
+    """The scale of guidance that a folder's generation_config.json states."""
+    return default if settings.guidance_scale is None else float(settings.guidance_scale)
+
+
+def placed(vocab_size: int, code_of: Mapping[int, int], book: Float[Tensor, "C d"]) -> Float[np.ndarray, "V d"]:
+    """The place of every token: that of its code in `book`; NaN for tokens that are none."""
+    out = np.full((vocab_size, book.shape[1]), np.nan)
+    out[list(code_of)] = book.double().cpu().numpy()[list(code_of.values())]
+    return out
 
 
 GENERATORS: Mapping[str, Callable[[HFTarget, Any, Path, tuple[int, int] | None], ImageGenerator]] = {
