@@ -12,7 +12,11 @@ constexpr int weigh_vectors(int m) { return m <= 2 ? 8 : m <= 6 ? 4 : 3; }
 #else
 constexpr int weigh_vectors(int m) { return m == 1 ? 6 : m <= 3 ? 3 : 2; }
 #endif
-constexpr int VALUE_BLOCK = 64;  // values that all queries meet while they are in the first cache
+// Values that all queries meet while they are in the first cache.
+template <class W>
+constexpr int value_block(int64_t width) {
+    return entry_size<W>(width) * (int64_t)sizeof(W) <= 64 ? 128 : 64;
+}
 
 // out[m * ldo + 0 : C * LANES] += sum over values i < count of p[m * ldp + i] * value i, from its number `d` on. soon: so many keys or
 // values that are asked for meanwhile.
@@ -78,9 +82,9 @@ template <class W>
 inline void weigh_values(
     const float* p, int64_t ldp, int queries, const W* values, int64_t width, int64_t count, float* out, int64_t ldo, const W* soon
 ) {
-    const int64_t entry = entry_size<W>(width);
-    for (int64_t i = 0; i < count; i += VALUE_BLOCK) {
-        const int n = (int)(count - i < VALUE_BLOCK ? count - i : VALUE_BLOCK);
+    const int64_t entry = entry_size<W>(width), block = value_block<W>(width);
+    for (int64_t i = 0; i < count; i += block) {
+        const int n = (int)(count - i < block ? count - i : block);
         each_tile(queries, [&](auto size, int m) {
             weigh_block<W, size>(p + m * ldp + i, ldp, values + i * entry, soon + i * entry, width, n, out + m * ldo, ldo);
         });
