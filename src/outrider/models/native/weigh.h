@@ -24,6 +24,7 @@ template <class W, int M, int C>
 __attribute__((noinline)) void weigh_tile(
     const float* p, int64_t ldp, const W* values, const W* soon, int64_t width, int64_t d, int count, float* out, int64_t ldo
 ) {
+    constexpr int BYTES = C * LANES * (int)sizeof(W), ASKED = CODED<W> && BYTES >= 64 ? BYTES + 64 : BYTES;  // with the scale behind
     vf acc[M][C];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
@@ -31,7 +32,7 @@ __attribute__((noinline)) void weigh_tile(
         for (int c = 0; c < C; ++c) acc[m][c] = load<vf>(out + m * ldo + c * LANES);
     for (int i = 0; i < count; ++i) {
         vf value[C];
-        ask<C * LANES * (int)sizeof(W)>(reinterpret_cast<const char*>(soon + i * entry_size<W>(width) + d));
+        ask<ASKED>(reinterpret_cast<const char*>(soon + i * entry_size<W>(width) + d));
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) value[c] = load_wide(values + i * entry_size<W>(width) + d + c * LANES);
         if constexpr (CODED<W>) {
