@@ -220,7 +220,7 @@ class Attention {
         const auto flush = [&](int64_t end) {
             if (held > 0)
                 score_few<W>([&](int i) { return few[i]; }, in_.width, held, in_.query, stride, queries_, score_ + (end - held - low),
-                    line_size(PART), lines_, reinterpret_cast<const W*>(lines_));  // what is at hand: values were asked for
+                    line_size(PART), lines_, reinterpret_cast<const W*>(lines_));  // values were asked for: what is at hand is again
             held = 0;
         };
         if (from < to)
@@ -235,9 +235,10 @@ class Attention {
                         continue;
                     }
                     const int64_t room = KEY_BLOCK - held, more = count - i < room ? count - i : room;
-                    for (int64_t j = 0; j < more; ++j, ++held) {
-                        few[held] = keys + (i + j) * entry_;
-                        for (int64_t b = 0; b < entry_ * (int64_t)sizeof(W); b += 64) ask<1>(reinterpret_cast<const char*>(values + (i + j) * entry_) + b);
+                    for (int64_t j = i; j < i + more; ++j) {
+                        const char* value = reinterpret_cast<const char*>(values + j * entry_);
+                        for (int64_t b = 0; b < entry_ * (int64_t)sizeof(W); b += 64) ask<1>(value + b);
+                        few[held++] = keys + j * entry_;
                     }
                     i += more;
                     if (held == KEY_BLOCK) flush(place + i);

@@ -33,7 +33,7 @@ inline void meet(vf (&acc)[M][G], const vf (&key)[G], const typename Query<W>::I
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
         for (int g = 0; g < G; ++g) acc[m][g] = multiply_add<W>(acc[m][g], key[g], query + m * stride, t);
-    if constexpr (REGISTERS == 16 && M * G > 8) {
+    if constexpr (REGISTERS == 16 && M * G > 8) {  // or sums wait in memory while two numbers of a word are mixed
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
