@@ -96,8 +96,8 @@ def test_the_compiled_decoder_stores_what_the_twin_does(name: str, dtype: torch.
     + [(name, 603) for name in ("plain", "odd sizes", "one head each", "norms")],
 )
 def test_both_paths_are_one_model(name: str, behind: int, kind: str, dtype: torch.dtype) -> None:
-    """The compiled decoder against PyTorch's operators over the same cache: a prompt, then a tree. Where many keys are turned: heads
-    of 16, 24, 40 and 64 numbers, which are whole vectors of words with some instructions and not with others."""
+    """The compiled decoder against PyTorch's operators over the same cache: a prompt, then a tree. Where many keys are turned:
+    heads of 16, 24, 40 and 64 numbers, which are whole vectors of words with some instructions and not with others."""
     config, _ = SHAPES[name]
     compiled, plain = lean(name, dtype, kind), lean(name, dtype, kind, native=False)
     text = tokens(behind, config.vocab_size)
