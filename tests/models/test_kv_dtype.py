@@ -90,18 +90,23 @@ def test_the_compiled_decoder_stores_what_the_twin_does(name: str, dtype: torch.
 
 @WEIGHTS
 @pytest.mark.parametrize("kind", OTHERS)
-@pytest.mark.parametrize("name", ["plain", "odd sizes", "windows", "norms", "four norms, bounds, two frequencies"])
-def test_both_paths_are_one_model(name: str, kind: str, dtype: torch.dtype) -> None:
-    """The compiled decoder against PyTorch's operators over the same cache: a prompt, then a tree."""
+@pytest.mark.parametrize(
+    ("name", "behind"),
+    [(name, 30) for name in ("plain", "odd sizes", "windows", "norms", "four norms, bounds, two frequencies")]
+    + [(name, 603) for name in ("plain", "odd sizes", "one head each", "norms")],
+)
+def test_both_paths_are_one_model(name: str, behind: int, kind: str, dtype: torch.dtype) -> None:
+    """The compiled decoder against PyTorch's operators over the same cache: a prompt, then a tree. Where many keys are turned:
+    heads of 16, 24, 40 and 64 numbers, which are whole vectors of words with some instructions and not with others."""
     config, _ = SHAPES[name]
     compiled, plain = lean(name, dtype, kind), lean(name, dtype, kind, native=False)
-    text = tokens(30, config.vocab_size)
-    kv, other = compiled.new_kv(1, 64), plain.new_kv(1, 64)
+    text = tokens(behind, config.vocab_size)
+    kv, other = compiled.new_kv(1, behind + 34), plain.new_kv(1, behind + 34)
     feed(compiled, kv, 0, text)
-    other.make_room(0, 64)
-    other.k[:], other.v[:], other.length[0] = kv.k, kv.v, 30
+    other.make_room(0, behind + 34)
+    other.k[:], other.v[:], other.length[0] = kv.k, kv.v, behind
     tree = forest(([t % config.vocab_size for t in (5, 6, 7, 8)], [-1, -1, 0, 2]))
-    rows = Rows.assemble([0], [[3]], [30], tree)
+    rows = Rows.assemble([0], [[3]], [behind], tree)
     found, expected = compiled.forward(rows, kv).logits, plain.forward(rows, other).logits
     assert (found - expected).abs().max() <= (2e-3 if dtype is torch.float32 else 0.1) * expected.abs().max()
 

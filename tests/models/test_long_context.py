@@ -34,7 +34,7 @@ def filled(config: DecoderConfig, dtype: torch.dtype, cached: int, seed: int = 0
 
 @DTYPES
 @pytest.mark.parametrize("cached", BEHIND)
-@pytest.mark.parametrize("name", ["plain", "one head each", "windows"])
+@pytest.mark.parametrize("name", ["plain", "odd sizes", "one head each", "windows", "norms"])
 def test_a_node_has_the_bits_of_plain_decoding_across_parts(name: str, cached: int, dtype: torch.dtype) -> None:
     config, extras = SHAPES[name]
     if name == "windows":

@@ -84,6 +84,7 @@ struct Sums {
 // line[from : to] -> exp(scale * (score - largest)), zeros around it within 0 : n; n is a multiple of SUM_LANES. Returns the sum;
 // its lanes are counted from the start of the line.
 inline float softmax_terms(float* line, int from, int to, int n, float scale, float* largest) {
+    constexpr int S = SUM_LANES / LANES, SIDE = 4;  // vectors of a sum's lanes, and vectors whose terms are computed side by side
     float top = line[from];
     int i = from;
     if (to - from >= LANES) {
@@ -92,16 +93,39 @@ inline float softmax_terms(float* line, int from, int to, int n, float scale, fl
         for (int j = 0; j < LANES; ++j) top = tops[j] > top ? tops[j] : top;
     }
     for (; i < to; ++i) top = line[i] > top ? line[i] : top;
-    for (i = from / LANES * LANES; i < to; i += LANES) store(line + i, exp_near((load<vf>(line + i) - top) * scale));
-    std::memset(line, 0, from * sizeof(float));
-    std::memset(line + to, 0, (n - to) * sizeof(float));
-    float lanes[SUM_LANES] = {};
-    for (i = 0; i < n; i += SUM_LANES)
-        for (int j = 0; j < SUM_LANES; ++j) lanes[j] += line[i + j];
-    for (int width = SUM_LANES / 2; width > 0; width /= 2)
-        for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+    vf total[S] = {};
+    const auto terms = [&](int at, auto vectors) __attribute__((always_inline)) {
+        constexpr int N = decltype(vectors)::value;
+        vf x[N];
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) x[j] = (load<vf>(line + at + j * LANES) - top) * scale;
+        exp_falling(x);
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) store(line + at + j * LANES, x[j]);
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) total[j % S] += x[j];
+    };
+    const auto rim = [&](int at) {  // SUM_LANES scores of which not all count
+        float lanes[SUM_LANES] = {};
+        for (int j = 0; j < SUM_LANES; j += LANES) {
+            vf x[1] = {(load<vf>(line + at + j) - top) * scale};
+            exp_falling(x);
+            store(lanes + j, x[0]);
+        }
+        for (int j = 0; j < SUM_LANES; ++j) line[at + j] = at + j >= from && at + j < to ? lanes[j] : 0.0f;
+        for (int j = 0; j < S; ++j) total[j] += load<vf>(line + at + j * LANES);
+    };
+    i = from / SUM_LANES * SUM_LANES;
+    std::memset(line, 0, i * sizeof(float));
+    if (i < from) rim(i), i += SUM_LANES;
+    for (; i + SIDE * LANES <= to; i += SIDE * LANES) terms(i, std::integral_constant<int, SIDE>{});
+    for (; i + SUM_LANES <= to; i += SUM_LANES) terms(i, std::integral_constant<int, S>{});
+    if (i < to) rim(i), i += SUM_LANES;
+    if (i < n) std::memset(line + i, 0, (n - i) * sizeof(float));
     *largest = top;
-    return lanes[0];
+    for (int width = S / 2; width > 0; width /= 2)
+        for (int j = 0; j < width; ++j) total[j] += total[j + width];
+    return sum(total[0]);
 }
 
 // Neighbouring rows of a segment in one layer, for the `group` heads of one KV head: one task of attention, part by part.
@@ -173,9 +197,9 @@ class Attention {
         }
         if (!joint) return;
         each_run(s_, from, to, [&](int64_t place, int64_t count, int64_t at) {
-            const W *values = in_.values + at * entry_, *next = in_.keys + (at + PART) * entry_;
+            const W *values = in_.values + at * entry_, *next = in_.keys + (at + PART) * entry_;  // most likely: of the next part
             weigh_values<W>(score_ + (place - low), ld, queries_, values, in_.width, count, sums + Sums::HEAD, size,
-                [&](int64_t i, int n) { if (place + i + PART < cached_) ask(next + i * entry_, n); });
+                place + PART < cached_ ? next : values);
         });
         for (int q = 0; q < queries_; ++q) {
             const Row& row = in_.row[q / in_.group];
@@ -196,7 +220,7 @@ class Attention {
         const auto flush = [&](int64_t end) {
             if (held > 0)
                 score_few<W>([&](int i) { return few[i]; }, in_.width, held, in_.query, stride, queries_, score_ + (end - held - low),
-                    line_size(PART), lines_);
+                    line_size(PART), lines_, reinterpret_cast<const W*>(lines_));  // values were asked for: what is at hand is again
             held = 0;
         };
         if (from < to)
@@ -206,13 +230,16 @@ class Attention {
                     if (held == 0 && count - i >= KEY_BLOCK) {
                         const int64_t whole = (count - i) / KEY_BLOCK * KEY_BLOCK;
                         score_keys<W>(keys + i * entry_, in_.width, whole, in_.query, stride, queries_, score_ + (place + i - low),
-                            line_size(PART), lines_, [&](int64_t j, int n) { ask(values + (i + j) * entry_, n); });
+                            line_size(PART), lines_, values + i * entry_);
                         i += whole;
                         continue;
                     }
                     const int64_t room = KEY_BLOCK - held, more = count - i < room ? count - i : room;
-                    ask(values + i * entry_, more);
-                    for (int64_t j = 0; j < more; ++j) few[held++] = keys + (i + j) * entry_;
+                    for (int64_t j = i; j < i + more; ++j) {
+                        const char* value = reinterpret_cast<const char*>(values + j * entry_);
+                        for (int64_t b = 0; b < entry_ * (int64_t)sizeof(W); b += 64) ask<1>(value + b);
+                        few[held++] = keys + j * entry_;
+                    }
                     i += more;
                     if (held == KEY_BLOCK) flush(place + i);
                 }
@@ -223,28 +250,22 @@ class Attention {
         const Row& tail = in_.row[in_.count - 1];
         each_run(s_, cached_, cached_ + tail.path[tail.depth - 1] + 1, [&](int64_t place, int64_t count, int64_t at) {
             score_keys<W>(in_.keys + at * entry_, in_.width, count, in_.query, stride, queries_,
-                own_score_ + (place - cached_), line_size(s_.end()), lines_, [](int64_t, int) {});
+                own_score_ + (place - cached_), line_size(s_.end()), lines_, in_.keys + at * entry_);
         });
     }
 
     // Adds the values of the numbers from : to that one query sees.
     void weigh_alone(const Row& row, const float* line, int64_t low, int64_t from, int64_t to, float* sums) const {
-        const auto still = [](int64_t, int) {};
         const int64_t end = to < cached_ ? to : cached_;
         if (from < end)
             each_run(s_, from, end, [&](int64_t place, int64_t count, int64_t at) {
-                weigh_values<W>(line + (place - low), 0, 1, in_.values + at * entry_, in_.width, count, sums, 0, still);
+                const W* values = in_.values + at * entry_;
+                weigh_values<W>(line + (place - low), 0, 1, values, in_.width, count, sums, 0, values);
             });
-        for (int64_t j = from > cached_ ? from : cached_; j < to; ++j)
-            weigh_values<W>(
-                line + (j - low), 0, 1, in_.values + s_.own[row.path[j - cached_]] * entry_, in_.width, 1, sums, 0, still
-            );
-    }
-
-    // Asks for `n` keys or values that are read soon: computing and reading then overlap.
-    void ask(const W* from, int64_t n) const {
-        const char* p = reinterpret_cast<const char*>(from);
-        for (const char* end = p + n * entry_ * (int64_t)sizeof(W); p < end; p += 64) __builtin_prefetch(p, 0, 2);
+        for (int64_t j = from > cached_ ? from : cached_; j < to; ++j) {
+            const W* value = in_.values + s_.own[row.path[j - cached_]] * entry_;
+            weigh_values<W>(line + (j - low), 0, 1, value, in_.width, 1, sums, 0, value);
+        }
     }
 
     const Inputs in_;

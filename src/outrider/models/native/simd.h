@@ -165,22 +165,35 @@ inline vf smaller(vf a, vf b) {
 #endif
 }
 
-// exp to about 2 units in the last place (Cephes' expf polynomial, Cody and Waite's two-part ln 2); arguments are clamped to
-// +-87, NaN stays NaN.
+// exp to about 2 units in the last place (Cephes' expf polynomial, Cody and Waite's two-part ln 2) of N vectors side by side, step by
+// step for all: one alone waits for itself in every step. Arguments below -87 are taken for that, NaN stays NaN. Above 87: not for.
+template <int N>
+__attribute__((always_inline)) inline void exp_falling(vf (&x)[N]) {
+    vf shifted[N], p[N];
+    const auto all = [](const auto& step) {
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) step(i);
+    };
+    all([&](int i) { x[i] = larger(vf{} - 87.0f, x[i]); });
+    // adds 1.5 * 2^23: the low bits become the nearest integer
+    all([&](int i) { shifted[i] = fma(x[i], vf{} + 1.44269504088896341f, vf{} + 12582912.0f); });
+    all([&](int i) { p[i] = shifted[i] - 12582912.0f; });
+    all([&](int i) { x[i] = fma(p[i], vf{} - 0.693359375f, x[i]); });
+    all([&](int i) { x[i] = fma(p[i], vf{} + 2.12194440e-4f, x[i]); });
+    all([&](int i) { p[i] = fma(vf{} + 1.9875691500e-4f, x[i], vf{} + 1.3981999507e-3f); });
+    all([&](int i) { p[i] = fma(p[i], x[i], vf{} + 8.3334519073e-3f); });
+    all([&](int i) { p[i] = fma(p[i], x[i], vf{} + 4.1665795894e-2f); });
+    all([&](int i) { p[i] = fma(p[i], x[i], vf{} + 1.6666665459e-1f); });
+    all([&](int i) { p[i] = fma(p[i], x[i], vf{} + 5.0000001201e-1f); });
+    all([&](int i) { p[i] = fma(p[i] * x[i], x[i], x[i] + 1.0f); });
+    all([&](int i) { x[i] = p[i] * (vf)(((vu)shifted[i] - 0x4b400000u + 127u) << 23); });
+}
+
+// The same of any argument: those above 87 are taken for that.
 inline vf exp_near(vf x) {
-    const vf limit = vf{} + 87.0f;
-    x = larger(-limit, smaller(limit, x));
-    const vf shifted = fma(x, vf{} + 1.44269504088896341f, vf{} + 12582912.0f);  // adds 1.5 * 2^23: the low bits become the nearest integer
-    const vf n = shifted - 12582912.0f;
-    const vf r = fma(n, vf{} + 2.12194440e-4f, fma(n, vf{} - 0.693359375f, x));
-    vf p = vf{} + 1.9875691500e-4f;
-    p = fma(p, r, vf{} + 1.3981999507e-3f);
-    p = fma(p, r, vf{} + 8.3334519073e-3f);
-    p = fma(p, r, vf{} + 4.1665795894e-2f);
-    p = fma(p, r, vf{} + 1.6666665459e-1f);
-    p = fma(p, r, vf{} + 5.0000001201e-1f);
-    p = fma(p * r, r, r + 1.0f);
-    return p * (vf)(((vu)shifted - 0x4b400000u + 127u) << 23);
+    vf one[1] = {smaller(vf{} + 87.0f, x)};
+    exp_falling(one);
+    return one[0];
 }
 
 #if defined(__AVX512F__) || defined(__aarch64__)
