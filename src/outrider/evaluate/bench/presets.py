@@ -35,7 +35,7 @@ PRESETS: dict[str, tuple[Spec, ...]] = {
         Spec("Medusa", "medusa", 4, "sequence"),
         Spec("EAGLE, chain", "eagle", 4, "layer"),
         Spec("EAGLE, dynamic tree", "dynamic:16:eagle", 4, "layer"),
-        Spec("block diffusion", "dflash", 7, "block"),
+        Spec("block diffusion", "dflash", 3, "block"),
         Spec("n-gram", "ngram", 5, "nothing"),
         Spec("suffix", "suffix", 8, "nothing"),
     ),
