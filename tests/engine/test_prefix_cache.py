@@ -214,7 +214,7 @@ def test_a_small_cache_sends_sequences_back_and_changes_no_text(seed: int) -> No
 def test_a_thousand_schedules_of_an_engine() -> None:
     preempted = 0
     for seed in range(1000):
-        tight, few = schedule(seed, 26, on=True)
+        tight, few = schedule(seed, 18, on=True)
         plenty = schedule(seed, None, on=False)[1]
         assert all(few[name] == plenty[name] for name in few.keys() & plenty.keys())
         preempted += tight.state.room.sums.preempted
