@@ -162,6 +162,16 @@ def test_what_does_not_fit_a_forward_is_left_out_instead_of_ending_the_server() 
     assert world.resting.rows < 40
 
 
+def test_rows_of_images_are_handed_on_as_they_are() -> None:
+    seen = list[Any]()
+    resting = Resting(lambda **given: seen.append(given), lambda: ["a"], 64)
+    about = About(torch.tensor([0, 1]), torch.tensor([0, 1]), 1, 1, 1, torch.tensor([5]))
+    given = {"common_attn_metadata": about, "num_speculative_tokens": 0, "target_token_ids": torch.tensor([7])}
+    for position, images in ((torch.zeros(3, 1), None), (torch.zeros(1), ([], None))):
+        resting(**given, target_positions=position, target_hidden_states=torch.zeros(1, 3), mm_embed_inputs=images)
+    assert [one["target_positions"].dim() for one in seen] == [2, 1]
+
+
 def runner(device: str, propose: Any) -> Any:
     return SimpleNamespace(
         drafter=SimpleNamespace(propose=propose),

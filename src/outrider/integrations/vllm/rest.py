@@ -2,7 +2,8 @@
 
 With draft length 0 vLLM's drafter still reads every token, in a forward of its own in every step, to keep its cache whole: a tenth
 to a quarter of a small model's step. Here its inputs are put aside instead, and read together, in one forward, when a draft is
-asked for again, when prompts are read, or when ROOM steps wait. Its cache then holds what it would have held.
+asked for again, when prompts are read, or when ROOM steps wait. Its cache then holds what it would have held. (What waits of a
+sequence that has no place in the step that catches up is lost: its drafts are less accurate, and exact as before.)
 Shapes: n rows of a step, B sequences, M rows of a forward that catches up.
 """
 
@@ -96,7 +97,8 @@ class Resting:
         names = list(self._names())[: about.num_reqs]
         alone = about.max_query_len == 1
         # rows of rejected drafts, which are vLLM's business, are in a step behind one that drafted: then nothing waits
-        if len(names) != about.num_reqs or not (waiting.steps or alone):
+        if len(names) != about.num_reqs or not (waiting.steps or alone) or _of_images(given):
+            self._waiting = Waiting()
             return self.inner(**given)
         starts = about.query_start_loc_cpu[: about.num_reqs + 1].tolist()
         step = StepRows.of(given)
@@ -108,6 +110,11 @@ class Resting:
         late = [waiting.rows.get(name, []) for name in names]
         fits = sum(map(len, late)) + len(step.token) <= self._most
         return self.inner(**(given | _merged(about, waiting, late, step, starts) if any(late) and fits else given))
+
+
+def _of_images(given: dict[str, Any]) -> bool:
+    """Whether rows have embeddings of their own, or positions in three dimensions."""
+    return given.get("mm_embed_inputs") is not None or given["target_positions"].dim() != 1
 
 
 def _merged(
