@@ -56,7 +56,7 @@ def run(machine: str, level: isa.Level, folder: Path) -> list[float]:
     subprocess.run(command, check=True, timeout=120)
     emulator = []
     if machine != isa.machine():
-        found = shutil.which(f"qemu-{machine}")
+        found = shutil.which(f"qemu-{machine}") or shutil.which(f"qemu-{machine}-static")
         emulator = [found, "-L", f"/usr/{machine}-linux-gnu"] if found else pytest.skip("no emulator")
     done = subprocess.run([*emulator, driver, *libraries], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
