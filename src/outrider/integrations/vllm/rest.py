@@ -1,8 +1,8 @@
 """A drafter of vLLM that rests while nothing is drafted.
 
 With draft length 0 vLLM's drafter still reads every token, in a forward of its own in every step, to keep its cache whole: a tenth
-to a quarter of a small model's step. Here its inputs are put aside instead, and read together, in one forward, when a draft is
-asked for again, when prompts are read, or when ROOM steps wait. Its cache then holds what it would have held. (What waits of a
+of the shipped target's step. Here its inputs are put aside instead, and read together, in one forward, when a draft is asked for
+again, when prompts are read, or when ROOM steps wait. Its cache then holds what it would have held. (What waits of a
 sequence that has no place in the step that catches up is lost: its drafts are less accurate, and exact as before.)
 Shapes: n rows of a step, B sequences, M rows of a forward that catches up.
 """

@@ -135,7 +135,7 @@ class Watched:
     """vLLM's `rejection_sample`, watched: same arguments, same result, and the tap gets its sums.
 
     In a step without drafts the result is the token that vLLM has drawn for each request; vLLM's own would draw what replaces a
-    rejected token all the same, which takes a millisecond.
+    rejected token all the same.
     """
 
     def __init__(self, inner: Callable[..., Tensor], tap: Tap) -> None:
