@@ -6,10 +6,12 @@ import random
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 
+from outrider.integrations.vllm.plain_steps import let_steps_be_plain
 from outrider.integrations.vllm.rest import ROOM, Resting, let_rest
 
 HIDDEN = 3
@@ -32,7 +34,7 @@ class Cache:
 
     def __init__(self) -> None:
         self.held: dict[int, tuple[int, int, float]] = {}
-        self.calls = self.rows = 0
+        self.calls = self.rows = self.widest = 0
 
     def propose(
         self,
@@ -48,6 +50,7 @@ class Cache:
         assert about.num_actual_tokens == len(target_token_ids) == len(about.slot_mapping) == bounds[-1]
         assert about.max_query_len == max(b - a for a, b in pairwise(bounds))
         self.calls, self.rows = self.calls + 1, self.rows + len(target_token_ids)
+        self.widest = max(self.widest, len(target_token_ids))
         for i, (a, b) in enumerate(pairwise(bounds)):
             assert (target_positions[a:b].diff() == 1).all()
             behind = [*target_token_ids[a + 1 : b].tolist(), int(next_token_ids[i])]
@@ -120,11 +123,15 @@ class World:
             "token_indices_to_sample": starts[:-1] + torch.tensor(last),
             "common_attn_metadata": about,
         }
-        shapes = {x(num_speculative_tokens=length, **given).shape for x in (self.always.propose, self.rest)}
-        assert shapes == {(len(rows), length)}
+        assert self.always.propose(num_speculative_tokens=length, **given).shape == (len(rows), length)
+        self.ask(num_speculative_tokens=length, **given)
         hidden.fill_(-1.0)  # vLLM writes its buffers again
         for text in self.texts:
             text.drafted = length
+
+    def ask(self, **given: Any) -> None:
+        """The drafter that rests, with vLLM's arguments."""
+        assert self.rest(**given).shape == (len(self.names), given["num_speculative_tokens"])
 
     def agree(self) -> bool:
         """Whether both caches hold the same for every token that was read and kept."""
@@ -152,14 +159,28 @@ def test_what_waits_is_bounded() -> None:
     assert world.resting.rows > 0.7 * world.always.rows
 
 
+def test_no_more_waits_than_a_forward_takes() -> None:
+    world = World(2)
+    world.draw.random = lambda: 0.5  # type: ignore[method-assign]
+    world.rest = Resting(world.resting.propose, lambda: world.names, 8)
+    world.step(0)
+    world.resting.widest = 0
+    for _ in range(20):
+        world.step(0)
+    world.step(3)
+    assert world.agree() and world.resting.widest <= 8 and world.resting.calls < 15
+
+
 def test_what_does_not_fit_a_forward_is_left_out_instead_of_ending_the_server() -> None:
     world = World(2)
     world.draw.random = lambda: 0.5  # type: ignore[method-assign]
     world.rest = Resting(world.resting.propose, lambda: world.names, 8)
-    for _ in range(20):
+    for _ in range(3):
         world.step(0)
+    world.texts.append(Text("long", 99_000, list(range(7))))
+    world.resting.widest = 0
     world.step(3)
-    assert world.resting.rows < 40
+    assert world.resting.widest == 9  # vLLM's own step, without what waits
 
 
 def test_rows_of_images_are_handed_on_as_they_are() -> None:
@@ -170,6 +191,125 @@ def test_rows_of_images_are_handed_on_as_they_are() -> None:
     for position, images in ((torch.zeros(3, 1), None), (torch.zeros(1), ([], None))):
         resting(**given, target_positions=position, target_hidden_states=torch.zeros(1, 3), mm_embed_inputs=images)
     assert [one["target_positions"].dim() for one in seen] == [2, 1]
+
+
+class State(NamedTuple):
+    """What a step leaves for sampling."""
+
+    scheduler_output: Any
+    hidden_states: torch.Tensor
+    aux_hidden_states: list[torch.Tensor]
+    slot_mappings: dict[str, torch.Tensor]
+
+
+class Runner:
+    """As much of vLLM's runner as steps need: a step's rows in buffers, and a drafter that is asked where there is speculation."""
+
+    use_aux_hidden_state_outputs, use_async_scheduling = True, False
+    supports_mm_inputs = uses_mrope = False
+
+    def __init__(self, rest: Resting, names: list[str]) -> None:
+        self.speculative_config: Any = "eagle3"
+        self.drafter = SimpleNamespace(propose=rest, _draft_attn_layer_names={"draft"})
+        self.model_config = SimpleNamespace(is_hybrid=False)
+        self.vllm_config = SimpleNamespace(kv_transfer_config=None)
+        self.parallel_config = SimpleNamespace(pipeline_parallel_size=1)
+        self.input_batch, self.given = SimpleNamespace(req_ids=names), dict[str, Any]()
+        self.execute_model_state: State | None = None
+        self.plain = 0
+        self.input_ids = SimpleNamespace(gpu=torch.zeros(0))
+
+    def get_model(self) -> object:
+        return object()
+
+    def _get_positions(self, n: int) -> torch.Tensor:
+        return self.given["target_positions"][:n]
+
+    def execute_model(self, scheduler_output: Any) -> None:
+        hidden, about = self.given["target_hidden_states"], self.given["common_attn_metadata"]
+        self.input_ids.gpu = self.given["target_token_ids"]
+        self.plain += self.speculative_config is None
+        several = list(hidden.split(1, dim=-1))
+        self.execute_model_state = State(scheduler_output, hidden[:, :1], several, {"draft": about.slot_mapping})
+
+    def sample_tokens(self) -> Any:
+        self.execute_model_state = None
+        return self.drafter.propose(**self.given) if self.speculative_config else None
+
+
+@dataclass
+class PlainWorld(World):
+    """Steps without drafts run as without speculation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.runner = Runner(self.rest, self.names)
+        assert let_steps_be_plain(self.runner, State) == ""
+
+    def ask(self, **given: Any) -> None:
+        runner, starts = self.runner, given["common_attn_metadata"].query_start_loc.tolist()
+        runner.given, runner.input_batch.req_ids = given, self.names
+        drafts = {t.name: [1] * t.drafted for t in self.texts if t.drafted}
+        rows = {name: b - a for name, (a, b) in zip(self.names, pairwise(starts), strict=True)}
+        length = given["num_speculative_tokens"]
+        out = SimpleNamespace(
+            num_scheduled_tokens=rows,
+            total_num_scheduled_tokens=starts[-1],
+            scheduled_spec_decode_tokens=drafts,
+            num_spec_tokens_to_schedule=length,
+        )
+        before = runner.plain
+        runner.execute_model(out)
+        drafted = runner.sample_tokens()
+        assert runner.speculative_config == "eagle3"
+        assert drafted is not None or not (length or drafts or max(rows.values()) > 1)
+        assert (drafted is None) == (runner.plain > before)
+
+
+def test_the_cache_is_whole_after_steps_without_speculation() -> None:
+    for seed in range(20):
+        world = PlainWorld(seed)
+        for _ in range(150):
+            length = world.draw.choice((0, 0, 0, 0, 0, 2))
+            world.step(length)
+            assert length == 0 or world.agree()
+        assert world.runner.plain > 30 and world.resting.calls < 0.8 * world.always.calls
+
+
+def test_a_step_that_fails_leaves_the_speculation_where_it_was() -> None:
+    runner = Runner(Resting(Cache().propose, lambda: ["a"], 64), ["a"])
+    runner.execute_model = lambda scheduler_output: 1 / 0  # type: ignore[method-assign]
+    assert let_steps_be_plain(runner, State) == ""
+    out = SimpleNamespace(
+        num_scheduled_tokens={"a": 1},
+        total_num_scheduled_tokens=1,
+        scheduled_spec_decode_tokens={},
+        num_spec_tokens_to_schedule=0,
+    )
+    with pytest.raises(ZeroDivisionError):
+        runner.execute_model(out)
+    assert runner.speculative_config == "eagle3"
+
+
+def test_steps_are_plain_only_where_nothing_else_reads_what_drafts_leave() -> None:
+    def changed(path: str, value: Any) -> Runner:
+        runner = Runner(Resting(Cache().propose, lambda: ["a"], 64), ["a"])
+        place, _, name = path.rpartition(".")
+        setattr(getattr(runner, place) if place else runner, name, value)
+        return runner
+
+    for path, value, word in (
+        ("use_async_scheduling", True, "asynchronous"),
+        ("model_config.is_hybrid", True, "recurrent"),
+        ("uses_mrope", True, "other rows"),
+        ("vllm_config.kv_transfer_config", {}, "other machines"),
+        ("parallel_config.pipeline_parallel_size", 2, "other machines"),
+        ("drafter._draft_attn_layer_names", set(), "interface"),
+    ):
+        runner = changed(path, value)
+        before = runner.execute_model
+        assert word in let_steps_be_plain(runner, State) and runner.execute_model == before
+    assert "interface" in let_steps_be_plain(changed("uses_mrope", False), tuple)
 
 
 def runner(device: str, propose: Any) -> Any:

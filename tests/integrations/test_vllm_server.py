@@ -100,6 +100,7 @@ def report(**tap: Any) -> dict[str, Any]:
         "tap": {"all": both, "engine_seeded": both, "judged_at": [5, 2, 0, 0], "accepted_at": [3, 1, 0, 0]},
         "unwatched": "",
         "restless": "",
+        "drafting": "",
         "note": {"outlook": [2, 3, 1.4, 0.01, 0.3], "speeds": [[0, 1.0, 1.0, 1.0], [3, 2.0, 1.4, 1.43]]},
         "proposer": None,
         "repair": "repaired",

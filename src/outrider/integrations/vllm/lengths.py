@@ -78,6 +78,8 @@ class LiveLengths:
 
     def __init__(self, first: int, longest: int, margin: float = 0.03) -> None:
         self.control = Adaptive(first, longest, margin=margin, invariant=True)  # vLLM's seeds do not fix a text anyway
+        self.measured = 0
+        """Measurements so far: estimates change with them only."""
         self._load, self._length, self._enough = 0, first, CLEAN
         self._clean: list[SeenStep] = []
         self._measured: StepRecord | None = None
@@ -100,12 +102,14 @@ class LiveLengths:
             return
         measured, self._measured = self._measured, self._record()
         self.control.observe(measured or _record_of(0, 0.0, Counts()))
+        self.measured += 1
         self._begin(self._load)
 
     def _begin(self, load: int) -> None:
         before, self._load = (self._load, self._length), load
-        views = self._views.setdefault(load, tuple(_view(slot) for slot in range(load)))
-        self._length = self.control.budget(views)[0]
+        if load not in self._views:
+            self._views[load] = tuple(_view(slot) for slot in range(load))
+        self._length = self.control.budget(self._views[load])[0]
         self._enough = CLEAN if load != before[0] or self._length == before[1] else 1
         self._clean.clear()
 

@@ -2,8 +2,9 @@
 
 With draft length 0 vLLM's drafter still reads every token, in a forward of its own in every step, to keep its cache whole: a tenth
 of the shipped target's step. Here its inputs are put aside instead, and read together, in one forward, when a draft is asked for
-again, when prompts are read, or when ROOM steps wait. Its cache then holds what it would have held. (What waits of a
-sequence that has no place in the step that catches up is lost: its drafts are less accurate, and exact as before.)
+again, when prompts are read, or when ROOM steps wait or as many rows as a forward takes. Its cache then holds what it would
+have held. (What waits of a sequence that has no place in the step that catches up is lost: its drafts are less accurate, and exact
+as before.)
 Shapes: n rows of a step, B sequences, M rows of a forward that catches up.
 """
 
@@ -18,8 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ROOM = 64
-"""Steps whose rows wait at most."""
+ROOM = 256
+"""Steps whose rows wait at most. What waits of a sequence that ends is never read."""
 TAKES = (
     "num_speculative_tokens",
     "target_token_ids",
@@ -91,6 +92,16 @@ class Resting:
         self.inner, self._names, self._most = inner, names, most
         self._waiting = Waiting()
 
+    def has_room(self, rows: int) -> bool:
+        """Whether another step of so many rows may wait, and be read with the step after it."""
+        return len(self._waiting.steps) < ROOM and self._waiting.count + 2 * rows <= self._most
+
+    def put_aside(self, names: Sequence[str], step: StepRows) -> None:
+        """A step of one row of every sequence waits. step: none of vLLM's buffers."""
+        positions = step.position.tolist()
+        self._waiting.follow(names, positions)
+        self._waiting.add(names, step, positions)
+
     def __call__(self, **given: Any) -> Any:
         """Draft tokens [B, K], as vLLM's own; [B, 0] without a forward where it can rest."""
         about, waiting = given["common_attn_metadata"], self._waiting
@@ -102,10 +113,10 @@ class Resting:
             return self.inner(**given)
         starts = about.query_start_loc_cpu[: about.num_reqs + 1].tolist()
         step = StepRows.of(given)
-        waiting.follow(names, step.position[starts[:-1]].tolist())
-        if given["num_speculative_tokens"] == 0 and alone and len(waiting.steps) < ROOM:
-            waiting.add(names, step.kept(), step.position.tolist())
+        if given["num_speculative_tokens"] == 0 and alone and self.has_room(len(names)):
+            self.put_aside(names, step.kept())
             return torch.empty(len(names), 0, dtype=torch.int64, device=step.token.device)
+        waiting.follow(names, step.position[starts[:-1]].tolist())
         self._waiting = Waiting()
         late = [waiting.rows.get(name, []) for name in names]
         fits = sum(map(len, late)) + len(step.token) <= self._most

@@ -50,6 +50,7 @@ class LiveScheduling:
         self._last: tuple[float, frozenset[str]] = (0.0, frozenset())  # end of the latest step, and the requests in it
         self._before: dict[int, int] = {}  # of steps under way: the length that the step before drafted
         self._drafted = 0
+        self._noted: tuple[Any, dict[str, Any]] = (None, {})
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """A step, with our draft length."""
@@ -125,7 +126,11 @@ class LiveScheduling:
 
     def note(self) -> dict[str, Any]:
         """The controller's estimates, for the page of the server: plain numbers."""
-        return note_of(self.lengths)
+        lengths = self.lengths
+        now = lengths, (lengths.measured if isinstance(lengths, LiveLengths) else 0)
+        if self._noted[0] != now:  # they take longer than the rest of a step's scheduling
+            self._noted = now, note_of(lengths)
+        return self._noted[1]
 
 
 def note_of(lengths: Any) -> dict[str, Any]:

@@ -81,6 +81,9 @@ def _lengths(config: Any, report: dict[str, Any] | None) -> dict[str, Any]:
     told = "ours" if look is None else f"ours: {look[1]} now, {look[0]} sequences"
     if report is not None:
         told += "; the drafter rests at length 0" if not report["restless"] else f"; {report['restless']}"
+        told += (
+            f", but its steps prepare drafts: {report['drafting']}" if report["drafting"] != report["restless"] else ""
+        )
     return part("lengths", True, told)
 
 

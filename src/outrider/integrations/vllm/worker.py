@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from outrider.errors import ConfigError
+from outrider.integrations.vllm.plain_steps import let_steps_be_plain
 from outrider.integrations.vllm.rest import let_rest
 from outrider.integrations.vllm.scheduler import NOTE
 from outrider.integrations.vllm.settings import Settings
@@ -37,6 +38,8 @@ class Ledgered:
     """Why there is no tap; empty if there is one."""
     restless = "no speculation"
     """Why the drafter reads every token also where nothing is drafted; empty if it rests."""
+    drafting: str = "no speculation"
+    """Why steps without drafts are prepared and sampled as steps with some; empty if they run as without speculation."""
     note: dict[str, Any] | None = None
     """The scheduler's latest note on a step."""
 
@@ -53,6 +56,7 @@ class Ledgered:
                 logger.warning("outrider keeps no ledger of predicted rejections: %s", self.unwatched)
             speculative, scheduler = self.vllm_config.speculative_config, self.vllm_config.scheduler_config
             self.restless = let_rest(runner, str(speculative.method), scheduler.max_num_batched_tokens)
+            self.drafting = self.restless or self._plainly(runner)
         attach = getattr(getattr(runner, "drafter", None), "attach", None)
         if attach is not None:
             attach(runner)
@@ -70,6 +74,14 @@ class Ledgered:
         problem = stand_in(module, tap, settings, str(method), lambda: runner.input_batch.req_ids)
         self.tap = None if problem else tap
         return problem
+
+    def _plainly(self, runner: Any) -> str:
+        """Run steps without drafts as without speculation; why not, if that is impossible."""
+        try:
+            from vllm.v1.worker.gpu_model_runner import ExecuteModelState  # type: ignore[reportMissingImports]
+        except ImportError:
+            return "this vLLM's runner has another interface than that of 0.32"
+        return let_steps_be_plain(runner, ExecuteModelState)
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's; its trial runs are not counted."""
@@ -94,6 +106,7 @@ class Ledgered:
             "tap": None if tap is None else tap.report(),
             "unwatched": self.unwatched,
             "restless": self.restless,
+            "drafting": self.drafting,
             "note": self.note or {},
             "proposer": None if own is None else own(),
             "repair": _repaired(),
