@@ -3,10 +3,11 @@
     python benchmarks/fleet.py                              # the shipped pair, one and two replicas, four loads
     python benchmarks/fleet.py --replicas 1 --loads 0.3 0.6 --rounds 2
 
-A round measures the step table on the engine (in a process with a replica's cores, and its neighbours as busy as they will be) and
-then sends the same Poisson traffic to the real servers, load after load; rounds follow each other, so what slows the machine slows
-both. On a machine that others use, its speed may still change in between: `corrected` is the simulation with all step times
-multiplied by one number, which makes its busy seconds those that the servers counted in that very run.
+A round measures the step table on the engine (in a process with a replica's cores, and its neighbours as busy as they will be), on
+the servers what text and HTTP add to a request and to a step, and then sends the same Poisson traffic to the real servers, load
+after load; rounds follow each other, so what slows the machine slows both. On a machine that others use, its speed may still
+change in between: `corrected` is the simulation with all step times multiplied by one number, which makes the engines' seconds
+those that the servers counted in that very run.
 
 Loads are shares of the throughput at which the simulated replicas are always busy. Client and router are this process: a request
 goes to the server with the fewest open requests, as in the simulation. Printed: p50 and p95 of the time to the first token and of
@@ -138,6 +139,30 @@ def idle_overhead(arms: list[Arm], traffic: Traffic, table: StepTable, sizes: li
     return max(0.0, statistics.median(late))
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Seconds of text and HTTP: of a request, and in a step and for each of its sequences."""
+
+    request: float
+    step: float
+    sequence: float
+
+
+def serving(
+    arms: list[Arm], traffic: Traffic, table: StepTable, sizes: list[int], loads: list[int], length: int
+) -> Serving:
+    """Of the servers, which all decode alike meanwhile, so what the client takes from their cores is in it. In a step: a straight
+    line through what the pauses between pieces of a stream are longer than the table's steps."""
+    more = []
+    for load in loads:
+        out = [o for _ in range(2) for o in asyncio.run(drive(arms, traffic, np.zeros(load * len(arms))))]
+        middle = [g for o in out for g in o.gaps[len(o.gaps) // 4 : 3 * len(o.gaps) // 4]]
+        more.append(statistics.median(middle) - table.seconds(load, length, 0))
+    sequence = max(0.0, float(np.polyfit(loads, more, 1)[0]))
+    step = max(0.0, statistics.mean(more) - sequence * statistics.mean(loads))
+    return Serving(idle_overhead(arms, traffic, table, sizes), step, sequence)
+
+
 def _prompt_seconds(table: StepTable, rows: int, chunk: int = 256) -> float:
     return sum(table.seconds(0, 1, min(chunk, rows - at)) for at in range(0, rows, chunk))
 
@@ -193,8 +218,8 @@ def compare(
         table, sizes = tables(shares, options, prompts, options.seed + 100 * turn)
         for arm in arms:
             arm.pause(False)
-        overhead = idle_overhead(arms, traffic, table, sizes)
-        most = capacity(table, sizes, options) * len(arms)
+        besides = serving(arms, traffic, table, sizes, [1, 2, options.slots], options.length)
+        most = capacity(table.served(besides.step, besides.sequence), sizes, options) * len(arms)
         for load in order.sample(options.loads, len(options.loads)):
             rng = np.random.default_rng([options.seed, turn, int(1000 * load)])
             arrivals = np.cumsum(rng.exponential(1.0 / (load * most), options.requests))
@@ -205,7 +230,7 @@ def compare(
             if bad:
                 print(f"  load {load:g}, round {turn + 1} is left out: {dict(bad)}", file=sys.stderr)
                 continue
-            found = Simulation(table, sizes, options, arrivals, len(arms), overhead)
+            found = Simulation(table, besides, sizes, options, arrivals, len(arms))
             speed = found.speed(busy)
             run = (found.row(), found.row(speed), measured(out, arrivals))
             rows[load].append(run)
@@ -214,7 +239,8 @@ def compare(
                 f"  load {load:g}, round {turn + 1}: steps took {speed:.2f} times the table's; {near}", file=sys.stderr
             )
         print(
-            f"{len(arms)} replicas, round {turn + 1}: HTTP {1e3 * overhead:.1f} ms, most {most:.2f} requests/s",
+            f"{len(arms)} replicas, round {turn + 1}: text and HTTP {1e3 * besides.request:.1f} ms a request, "
+            f"{1e3 * besides.step:.2f} a step and {1e3 * besides.sequence:.2f} a sequence in it, most {most:.2f} requests/s",
             file=sys.stderr,
         )
     return report(rows, len(arms))
@@ -232,19 +258,24 @@ class Simulation:
     """The arrivals of one run, simulated: with the table's step times, or all of them times a number."""
 
     table: StepTable
+    besides: Serving
     sizes: list[int]
     options: argparse.Namespace
     arrivals: np.ndarray
     replicas: int
-    overhead: float
 
     def runs(self, speed: float, count: int) -> list[fleet.Outcome]:
         """`count` simulations with other draws."""
         n, table, length = len(self.arrivals), self.table, self.options.length
         prompts = np.array([self.sizes[i % len(self.sizes)] for i in range(n)])
+        besides = self.besides
+
+        def seconds(b: int, d: int, rows: int) -> float:
+            return speed * table.seconds(b, d, rows) + (besides.step + besides.sequence * b if b else 0.0)
+
         replica = fleet.Replica(
-            lambda b, d, rows: speed * table.seconds(b, d, rows), self.options.slots, [length], table.acceptance(length),
-            jitter=tuple(table.spread), overhead=self.overhead * speed,
+            seconds, self.options.slots, [length], table.acceptance(length), jitter=tuple(table.spread),
+            overhead=besides.request,
         )  # fmt: skip
         traffic = fleet.Traffic(self.arrivals, prompts, np.full(n, self.options.tokens))
         return [fleet.simulate(traffic, replica, self.replicas, seed=s) for s in range(count)]
@@ -255,10 +286,13 @@ class Simulation:
         return {k: statistics.median(r[k] for r in each) for k in each[0]}
 
     def speed(self, busy: float) -> float:
-        """The number that makes the replicas' busy seconds `busy`."""
+        """The number that makes the seconds of the replicas' engines `busy`."""
+
+        def engines(o: fleet.Outcome) -> float:
+            return o.busy - self.besides.step * o.steps - self.besides.sequence * float(o.weights.sum())
 
         def excess(speed: float) -> float:
-            return statistics.mean(o.busy for o in self.runs(speed, 8)) - busy
+            return statistics.mean(engines(o) for o in self.runs(speed, 8)) - busy
 
         if not excess(0.05) < 0 < excess(20.0):
             return 1.0

@@ -61,6 +61,16 @@ def test_a_table_gives_back_the_machine_it_was_measured_on() -> None:
     assert np.mean(noisy.spread) == pytest.approx(1.0) and np.std(noisy.spread) == pytest.approx(0.05, rel=0.3)
 
 
+def test_serving_adds_to_every_step_that_decodes() -> None:
+    plain, served = made(), made().served(0.004, 0.001)
+    for length in (0, 2, 4):
+        for b in (1, 3, 8):
+            more = served.seconds(b, length, 16) - plain.seconds(b, length, 16)
+            assert more == pytest.approx(0.004 + 0.001 * b)
+        assert served.seconds(0, length, 16) == plain.seconds(0, length, 16)
+    assert served.acceptance(4) == plain.acceptance(4) and plain.decode != served.decode
+
+
 def test_lengths_fall_where_rows_cost() -> None:
     lengths = made().best_lengths(8)
     tokens = {0: 1.0, 2: 1 + 0.7 + 0.49, 4: 1 + 0.7 + 0.49 + 0.343 + 0.2401}
@@ -138,6 +148,7 @@ def test_traffic_is_read_and_bad_rows_are_named(tmp_path: Path) -> None:
         ('{"arrival": -1}', "must be numbers"),
         ("[]", "expected"),
         ('{"arrival": 1, "prompt_tokens": 1, "output_tokens": 1e11}', "at most"),
+        ('{"arrival": 1, "prompt_tokens": 1.5, "output_tokens": 2}', "whole numbers"),
     ):
         trace.write_text('{"arrival": 0, "prompt_tokens": 1, "output_tokens": 1}\n' + row)
         with pytest.raises(ConfigError, match=f"jsonl:2: .*{says}"):

@@ -26,7 +26,7 @@ def fleet_document(
     with terminal.loading(f"timing steps of {draft}: {len(lengths)} lengths at {len(loads)} loads") as progress:
         table = step_table.measure(
             engine, texts, draft, lengths, loads, sampling, rounds=asked.rounds, seed=asked.seed, progress=progress
-        )
+        ).served(asked.step / 1000)
     chunk = engine.options.chunk
     arms = {
         "speculative": table.replica(slots, True, chunk, asked.overhead / 1000),

@@ -114,6 +114,14 @@ class PlanOptions:
         float,
         typer.Option("--overhead-ms", min=0, help="With --traffic: milliseconds of network and HTTP per request."),
     ] = 0.0
+    stream: Annotated[
+        float,
+        typer.Option(
+            "--stream-ms",
+            min=0,
+            help="With --traffic: milliseconds of text and HTTP per piece of a stream, in its step.",
+        ),
+    ] = 0.0
     mtbf: Annotated[
         float | None,
         typer.Option(
@@ -199,7 +207,7 @@ class PlanOptions:
 
 
 _WITHOUT: dict[str, tuple[str, ...]] = {
-    "traffic": ("slots", "ttft", "itl", "percentile", "overhead", "mtbf", "repair", "retries"),
+    "traffic": ("slots", "ttft", "itl", "percentile", "overhead", "step", "mtbf", "repair", "retries"),
     "gpus": ("hardware", "link", "between", "context", "efficiency", "disaggregated", "recurrent"),
     "mtbf": ("repair", "retries"),
     "check": ("within",),

@@ -125,6 +125,7 @@ def experiment_from(found: Any, called: str, path: Path | str) -> Experiment:
                 raise ConfigError(f"{path}: arm {name!r}: {unknown_name('option', str(key), ARM_OPTIONS)}")
             if type(value) not in ARM_OPTIONS[key] or (key in NUMBERS and not 0 <= value < math.inf):
                 raise ConfigError(f"{path}: arm {name!r}: {key} cannot be {str(value)[:80]!r}")
+        _check_rule(options.get("rule"), f"{path}: arm {name!r}")
     made = {"name": called, "base": next(iter(arms)), "arms": arms, **found}
     try:
         experiment = TypeAdapter(Experiment).validate_json(json.dumps(made, default=str), strict=True)
@@ -134,6 +135,14 @@ def experiment_from(found: Any, called: str, path: Path | str) -> Experiment:
         raise ConfigError(f"{path}: {where}: {first['msg']}, got {str(first['input'])[:80]!r}") from None
     _check(experiment, path)
     return experiment
+
+
+def _check_rule(rule: Any, where: str) -> None:
+    try:
+        if rule not in (None, "auto"):
+            load_rule(rule)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def changed(e: Experiment, *, replay: int | None = None, metric: str | None = None) -> Experiment:

@@ -72,6 +72,8 @@ def _row(row: Any, where: str) -> tuple[float, int, int]:
             values: list[Any] = [row.get(name) for name in (at, prompt, output)]
             if any(isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v < 1e12 for v in values):
                 raise ConfigError(f"{where}: {at}, {prompt} and {output} must be numbers >= 0, got {values}")
+            if any(v != int(v) for v in values[1:]):
+                raise ConfigError(f"{where}: {prompt} and {output} are whole numbers of tokens, got {values[1:]}")
             if max(values[1:]) > MAX_TOKENS:
                 raise ConfigError(f"{where}: {prompt} and {output} are at most {MAX_TOKENS:,}, got {values[1:]}")
             return float(values[0]) * unit, max(1, int(values[1])), max(1, int(values[2]))

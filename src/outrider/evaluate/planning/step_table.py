@@ -46,6 +46,12 @@ class StepTable:
             return added
         return self._along(sorted(self.decode[length].items()), decoding) + added
 
+    def served(self, step: float, sequence: float = 0.0) -> StepTable:
+        """The table of a server. step, sequence: seconds (>= 0) of text and HTTP in a step that decodes, and for each of its
+        sequences."""
+        longer = {n: {b: s + step + sequence * b for b, s in row.items()} for n, row in self.decode.items()}
+        return replace(self, decode=longer)
+
     @staticmethod
     def _along(points: Sequence[tuple[float, float]], at: float) -> float:
         """On straight lines through the points; below the first its value, beyond the last along the last line."""

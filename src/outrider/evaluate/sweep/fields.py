@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from outrider.errors import ConfigError
 from outrider.evaluate.experiments.experiment import experiment_from
+from outrider.models.dtypes import named_dtype
+from outrider.verify import load_rule
 
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -14,6 +17,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**62)]
 ONE = {"draft", "length", "rule", "allow_lossy"}
 """The fields of one configuration; the options of an arm."""
 Option = str | int | float | bool | None
+
+
+def check_rule(rule: str, allow_lossy: bool) -> None:
+    """Raises ConfigError for a rule that there is not, or that changes the text where that is not allowed."""
+    if rule != "auto" and not load_rule(rule).lossless and not allow_lossy:
+        raise ConfigError(f"rule {rule!r} changes the distribution of the text: add allow_lossy: true to the cell")
 
 
 class Fields(BaseModel):
@@ -41,6 +50,13 @@ class Decoding(Fields):
     max_tokens: Annotated[int, Field(ge=1, le=100_000)] = 64
     seed: Seed = 0
 
+    @field_validator("dtype")
+    @classmethod
+    def dtype_is_known(cls, dtype: str) -> str:
+        """As the cell will read it."""
+        named_dtype(dtype)
+        return dtype
+
 
 class Drafted(Decoding):
     """One configuration of drafter and rule."""
@@ -49,6 +65,12 @@ class Drafted(Decoding):
     length: Annotated[int, Field(ge=0, le=64)] = 3
     rule: Text = "auto"
     allow_lossy: bool = False
+
+    @model_validator(mode="after")
+    def rule_may_be(self) -> Drafted:
+        """Known, its options too, and allowed to change the text if it does."""
+        check_rule(self.rule, self.allow_lossy)
+        return self
 
     @property
     def options(self) -> dict[str, Any]:
@@ -78,6 +100,9 @@ class Bench(Drafted):
                 raise ValueError("with `arms`, draft, length and rule belong into the arms")
             self.base = self.base or next(iter(self.arms), None)
             experiment_from({"arms": self.arms, "base": self.base}, "bench", "arms")
+            lossy = any(o.get("allow_lossy") for o in self.arms.values())
+            for options in self.arms.values():
+                check_rule(str(options.get("rule") or "auto"), lossy)
         elif self.base is not None:
             raise ValueError("base names one of the `arms`, and there are none")
         return self
@@ -109,8 +134,21 @@ class Audit(Drafted):
     kind: Literal["audit"]
     samples: Annotated[int, Field(ge=1, le=1024)] = 2
     level: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    tolerance: Annotated[str, Field(pattern=r"^(auto|[0-9.]+(e-?[0-9]+)?)$")] = "auto"
+    tolerance: Text = "auto"
     detect: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @field_validator("tolerance")
+    @classmethod
+    def tolerance_is_a_share(cls, tolerance: str) -> str:
+        """A total variation, or "auto"."""
+        if tolerance != "auto":
+            try:
+                share = float(tolerance)
+            except ValueError:
+                share = -1.0
+            if not 0 <= share <= 1:
+                raise ValueError("tolerance is auto or a total variation per token, 0 to 1")
+        return tolerance
 
 
 class Ab(Fields):
