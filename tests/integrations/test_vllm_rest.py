@@ -229,7 +229,7 @@ class Runner:
         hidden, about = self.given["target_hidden_states"], self.given["common_attn_metadata"]
         self.input_ids.gpu = self.given["target_token_ids"]
         self.plain += self.speculative_config is None
-        several = list(hidden.split(1, dim=-1))
+        several = list(hidden.clone().split(1, dim=-1))  # a forward's own tensors
         self.execute_model_state = State(scheduler_output, hidden[:, :1], several, {"draft": about.slot_mapping})
 
     def sample_tokens(self) -> Any:

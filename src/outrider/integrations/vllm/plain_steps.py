@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from outrider.integrations.vllm.rest import Resting, StepRows
 
 READS = (
@@ -70,13 +68,9 @@ class PlainSteps:
         """What the drafter would read of this step; none of it is in buffers that vLLM writes again."""
         runner, n = self._runner, state.scheduler_output.total_num_scheduled_tokens
         several = state.aux_hidden_states if runner.use_aux_hidden_state_outputs else [state.hidden_states]
-        token, position, place = (
-            runner.input_ids.gpu[:n],
-            runner._get_positions(n),
-            state.slot_mappings[self._layer][:n],
-        )
-        hidden = torch.cat([h[:n] for h in several], dim=-1)  # a copy, also of one
-        return StepRows(token.clone(), position.clone(), hidden, place.clone())
+        hidden = tuple(h[:n] for h in several)  # made by this step's forward
+        place = state.slot_mappings[self._layer][:n]
+        return StepRows(runner.input_ids.gpu[:n], runner._get_positions(n), hidden, place).apart()
 
 
 def needs_no_drafter(scheduler_output: Any) -> bool:

@@ -2,7 +2,7 @@
 
 With draft length 0 vLLM's drafter still reads every token, in a forward of its own in every step, to keep its cache whole: a tenth
 of the shipped target's step. Here its inputs are put aside instead, and read together, in one forward, when a draft is asked for
-again, when prompts are read, or when ROOM steps wait or as many rows as a forward takes. Its cache then holds what it would
+again, when prompts are read, or when ROOM steps wait or half as many rows as a forward takes. Its cache then holds what it would
 have held. (What waits of a sequence that has no place in the step that catches up is lost: its drafts are less accurate, and exact
 as before.)
 Shapes: n rows of a step, B sequences, M rows of a forward that catches up.
@@ -37,52 +37,67 @@ METHODS = ("eagle", "eagle3")
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """What the drafter reads of a step: tokens, positions and hidden states of the target, and places in the cache."""
+    """What the drafter reads of a step: tokens, positions and hidden states of the target, and places in the cache.
+
+    hidden: of several layers, which the drafter reads side by side.
+    """
 
     token: Int[Tensor, "n"]
     position: Int[Tensor, "n"]
-    hidden: Float[Tensor, "n H"]
+    hidden: tuple[Float[Tensor, "n H"], ...]
     place: Int[Tensor, "n"]
 
     @staticmethod
     def of(given: dict[str, Any]) -> StepRows:
         """Of the arguments of `propose`."""
         token, position, hidden = (given[f"target_{x}"] for x in ("token_ids", "positions", "hidden_states"))
-        return StepRows(token, position, hidden, given["common_attn_metadata"].slot_mapping[: len(token)])
+        return StepRows(token, position, (hidden,), given["common_attn_metadata"].slot_mapping[: len(token)])
 
     def kept(self) -> StepRows:
         """A copy: vLLM's buffers are written again in the next step."""
-        return StepRows(self.token.clone(), self.position.clone(), self.hidden.clone(), self.place.clone())
+        return replace(self.apart(), hidden=tuple(h.clone() for h in self.hidden))
+
+    def apart(self) -> StepRows:
+        """A copy of all but the hidden states, for those that are in no buffer."""
+        return StepRows(self.token.clone(), self.position.clone(), self.hidden, self.place.clone())
 
     @staticmethod
     def together(steps: Sequence[StepRows], rows: Sequence[int]) -> StepRows:
         """The rows with these numbers, counted over the steps."""
         chosen = torch.tensor(rows)
-        return StepRows(*(torch.cat([getattr(s, f.name) for s in steps])[chosen] for f in fields(StepRows)))
+        token, position, place = (
+            torch.cat([getattr(s, x) for s in steps])[chosen] for x in ("token", "position", "place")
+        )
+        hidden = torch.cat([torch.cat(s.hidden, dim=-1) for s in steps])[chosen]
+        return StepRows(token, position, (hidden,), place)
 
 
 @dataclass
 class Waiting:
-    """The rows that wait. rows: of a sequence, by number over all steps, in order. ends: the position behind them."""
+    """Steps that wait, each with one row of every sequence. names: of the sequences. count: rows of all."""
 
+    names: list[Sequence[str]] = field(default_factory=list)
     steps: list[StepRows] = field(default_factory=list)
     count: int = 0
-    rows: dict[str, list[int]] = field(default_factory=dict)
-    ends: dict[str, int] = field(default_factory=dict)
 
-    def follow(self, names: Sequence[str], positions: Sequence[int]) -> None:
-        """Forget what waits of sequences whose step does not follow on it: they begin again."""
-        for name, position in zip(names, positions, strict=True):
-            if self.ends.get(name, position) != position:
-                del self.rows[name], self.ends[name]
-
-    def add(self, names: Sequence[str], step: StepRows, positions: Sequence[int]) -> None:
-        """A step with one row of every sequence."""
+    def add(self, names: Sequence[str], step: StepRows) -> None:
+        """Another step."""
+        self.names.append(names)
         self.steps.append(step)
-        for row, (name, position) in enumerate(zip(names, positions, strict=True)):
-            self.rows.setdefault(name, []).append(self.count + row)
-            self.ends[name] = position + 1
         self.count += len(names)
+
+    def before(self, names: Sequence[str], positions: Sequence[int]) -> list[list[int]]:
+        """For each of these sequences, of which a step begins at these positions, the numbers of its rows that the step follows
+        on, counted over the steps. A sequence that began again has those since then."""
+        rows, ends, first = dict[str, list[int]](), dict[str, int](), 0
+        for there, step in zip(self.names, self.steps, strict=True):
+            for row, (name, position) in enumerate(zip(there, step.position.tolist(), strict=True)):
+                if ends.get(name) != position:
+                    rows[name] = []
+                rows[name].append(first + row)
+                ends[name] = position + 1
+            first += len(there)
+        return [rows[n] if ends.get(n) == at else [] for n, at in zip(names, positions, strict=True)]
 
 
 class Resting:
@@ -93,14 +108,12 @@ class Resting:
         self._waiting = Waiting()
 
     def has_room(self, rows: int) -> bool:
-        """Whether another step of so many rows may wait, and be read with the step after it."""
-        return len(self._waiting.steps) < ROOM and self._waiting.count + 2 * rows <= self._most
+        """Whether another step of so many rows may wait: half of a forward is left for the step that catches up."""
+        return len(self._waiting.steps) < ROOM and self._waiting.count + 2 * rows <= max(self._most // 2, 2 * rows)
 
     def put_aside(self, names: Sequence[str], step: StepRows) -> None:
         """A step of one row of every sequence waits. step: none of vLLM's buffers."""
-        positions = step.position.tolist()
-        self._waiting.follow(names, positions)
-        self._waiting.add(names, step, positions)
+        self._waiting.add(names, step)
 
     def __call__(self, **given: Any) -> Any:
         """Draft tokens [B, K], as vLLM's own; [B, 0] without a forward where it can rest."""
@@ -111,14 +124,13 @@ class Resting:
         if len(names) != about.num_reqs or not (waiting.steps or alone) or _of_images(given):
             self._waiting = Waiting()
             return self.inner(**given)
-        starts = about.query_start_loc_cpu[: about.num_reqs + 1].tolist()
         step = StepRows.of(given)
         if given["num_speculative_tokens"] == 0 and alone and self.has_room(len(names)):
             self.put_aside(names, step.kept())
             return torch.empty(len(names), 0, dtype=torch.int64, device=step.token.device)
-        waiting.follow(names, step.position[starts[:-1]].tolist())
+        starts = about.query_start_loc_cpu[: about.num_reqs + 1].tolist()
+        late = waiting.before(names, step.position[starts[:-1]].tolist())
         self._waiting = Waiting()
-        late = [waiting.rows.get(name, []) for name in names]
         fits = sum(map(len, late)) + len(step.token) <= self._most
         return self.inner(**(given | _merged(about, waiting, late, step, starts) if any(late) and fits else given))
 
@@ -150,7 +162,7 @@ def _merged(
     return {
         "target_token_ids": both.token,
         "target_positions": both.position,
-        "target_hidden_states": both.hidden,
+        "target_hidden_states": both.hidden[0],
         "token_indices_to_sample": wanted["query_start_loc"][1:] - 1,
         "common_attn_metadata": replace(about, **{n: v for n, v in wanted.items() if n in have}),
     }
