@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.arms import PLAIN, VENVS
-from peers.gguf import LONG, arms, section
+from peers.gguf_arms import LONG, arms, section
 from peers.run import Bench, Scenario, Workload, machine, say, write_json
 
 OUT = Path("runs/gguf")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import gguf, rows
+from . import gguf_arms, rows
 from .arms import claims
 from .stats import Speeds, arm_row, claim_row, describe_machine, ratio, speeds, table
 
@@ -38,7 +38,7 @@ def sections(results: Sequence[dict[str, Any]]) -> list[str]:
     """A section a result; one for all that have rows of GGUF files."""
     timed = {result["name"]: result for result in results if result.get("kind") == "rows"}
     made = [section(result) for result in results if "kind" not in result]
-    made += [gguf.section(r, timed.get(r["name"])) for r in results if r.get("kind") == "gguf"]
+    made += [gguf_arms.section(r, timed.get(r["name"])) for r in results if r.get("kind") == "gguf"]
     return made + ([rows.section(list(timed.values()))] if timed else [])
 
 

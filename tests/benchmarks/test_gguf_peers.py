@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers import arms, gguf, native_llama, pool, report, rows
+from benchmarks.peers import arms, gguf_arms, native_llama, pool, report, rows
 
 
 def _load(monkeypatch, **options: object) -> list[str]:
@@ -50,9 +50,9 @@ def test_worker_of_a_program_is_there_if_the_program_is(tmp_path):
 @pytest.mark.parametrize("compiled", [True, False])
 def test_the_wheel_stands_beside_what_is_compiled_or_in_its_place(monkeypatch, tmp_path, compiled):
     monkeypatch.setattr(native_llama, "PROGRAM", Path(sys.executable) if compiled else tmp_path / "none")
-    found = gguf.arms([1, 3], True, True, Path(sys.executable))
+    found = gguf_arms.arms([1, 3], True, True, Path(sys.executable))
     engines = {arm.engine for arm in found}
-    assert engines == ({"ours", "llama.cpp", gguf.WHEEL} if compiled else {"ours", "llama.cpp"})
+    assert engines == ({"ours", "llama.cpp", gguf_arms.WHEEL} if compiled else {"ours", "llama.cpp"})
     scripts = {arm.worker.script for arm in found if arm.engine == "llama.cpp"}
     assert scripts == ({"worker_llama_server.py"} if compiled else {"worker_xllama.py"})
     assert len({arm.name for arm in found}) == len({arm.worker.name for arm in found if arm.engine != "ours"}) + 3
@@ -111,7 +111,7 @@ def _row(page: str, start: str) -> list[str]:
 
 
 def test_report_compares_with_the_best_of_the_peer_and_settles_goals():
-    page = gguf.section(_gguf())
+    page = gguf_arms.section(_gguf())
     assert _row(page, "ours plain / llama.cpp plain")[2:6] == ["1.50", "1.50 to 1.50", "1", "yes"]
     best = f"ours speculative / best of llama.cpp | {SAMPLED}"
     assert _row(page, best)[2:7] == ["3.00", "3.00 to 3.00", "1.8", "yes", "ours 3 / llama.cpp plain"]
@@ -119,7 +119,7 @@ def test_report_compares_with_the_best_of_the_peer_and_settles_goals():
 
 def test_prediction_is_tokens_over_the_time_of_rows_and_drafts():
     assert rows.predicted(TIMED, 3, 2.0) == pytest.approx(2.0 * 10 / (10 + 3 * 1))
-    row = _row(gguf.section(_gguf(), TIMED), f"ours 3 | {SAMPLED}")
+    row = _row(gguf_arms.section(_gguf(), TIMED), f"ours 3 | {SAMPLED}")
     assert row[2:] == ["2.00", "1.54", "2.00 (2.00 to 2.00)", "1.30"]
 
 

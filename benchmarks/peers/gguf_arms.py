@@ -59,7 +59,8 @@ def _ours(name: str, lengths: Sequence[int], **options: Any) -> Worker:
 
 
 def _native(lengths: Sequence[int], sampled: bool) -> list[Arm]:
-    """The compiled server: OpenMP or its own threads, weights rearranged or as stored, tiles forced; drafts with either threads."""
+    """The compiled server: OpenMP or its own threads, weights rearranged or as stored, tiles forced. Drafts with OpenMP only: else
+    target and draft have a pool each, whose threads wait for each other's cores and take eight times as long."""
 
     def arm(name: str, pool: str = "openmp", env: dict[str, str] | None = None, **options: Any) -> Arm:
         options |= {"program": str(native_llama.PROGRAM), "libraries": str(native_llama.POOLS[pool])}
@@ -71,10 +72,9 @@ def _native(lengths: Sequence[int], sampled: bool) -> list[Arm]:
     made += [arm("llama.cpp plain, as stored", repack=False)]
     made += [arm("llama.cpp plain, as stored, tiles", env={"GGML_CPU_TILED_MM_FORCE": "1"}, repack=False)]
     for n in lengths:
-        made += [arm(f"llama.cpp {n}", length=n), arm(f"llama.cpp {n}, own threads", "own", length=n)]
+        made.append(arm(f"llama.cpp {n}", length=n))
         if sampled:
-            made += [arm(f"llama.cpp {n} sampled", length=n, sampled=True)]
-            made += [arm(f"llama.cpp {n} sampled, own threads", "own", length=n, sampled=True)]
+            made.append(arm(f"llama.cpp {n} sampled", length=n, sampled=True))
     return made
 
 
