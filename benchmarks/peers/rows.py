@@ -73,6 +73,11 @@ def predicted(rows: dict[str, Any], length: int, tokens: float) -> float:
     return tokens * one / (more + length * draft)
 
 
+def flat(rows: dict[str, Any]) -> bool:
+    """Whether drafts are expected to pay most beside the peer: v(4) at most 1.2 for us, at least 2 for it."""
+    return _growth(rows, "ours", 4).value <= 1.2 and min(_growth(rows, name, 4).value for name in PEERS) >= 2
+
+
 def _seconds(result: dict[str, Any], key: str) -> np.ndarray:
     return np.array(result["samples"][key], dtype=float)
 

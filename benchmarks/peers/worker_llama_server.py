@@ -91,8 +91,8 @@ def load(what: channel.Load) -> tuple[channel.Run, dict[str, str]]:
         accepted = told.get("draft_n_accepted", 0)
         return found | {"calls": found["tokens"] - accepted, "drafted": told.get("draft_n", 0)}
 
-    number = re.search(r"version: *(\S+)", version.stdout + version.stderr)
-    return run, {"llama.cpp": number[1] if number else "unknown"}
+    number = re.search(r"version: *(.*)", version.stdout + version.stderr)
+    return run, {"llama.cpp": number[1].strip() if number else "unknown"}
 
 
 def _request(port: int, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
