@@ -1,8 +1,10 @@
 """GGUF files in Outrider beside llama.cpp: plain and with a draft model, and prompts of 512 tokens, interleaved in one run.
 
-    python benchmarks/peers.py install xllama         llama.cpp's server from a wheel, in .venvs/xllama
+    python benchmarks/peers.py install llama-native   llama.cpp's server compiled for this machine, in .venvs/llama-native
+    python benchmarks/peers.py install xllama         the same from a wheel, in .venvs/xllama
     python benchmarks/gguf_files.py --pair 160m-0.8 --types q8_0,q4_k --minutes 20
     python benchmarks/gguf_files.py --target big.gguf --draft small.gguf --minutes 10
+    python benchmarks/peers.py table runs/gguf/*.json --write docs/peers.md
 
 `--pair` builds a synthetic pair of that size and acceptance (benchmarks/synthetic.py) and writes it as GGUF files, one per type. A
 process per engine setting, stopped while another one works. A round gives all settings the same random tokens, in random order; a
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -25,37 +28,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peers.arms import PLAIN, ROOT, SPECULATIVE, VENVS, Arm, Worker
+from peers.arms import PLAIN, VENVS
+from peers.gguf_arms import LONG, arms, section
 from peers.run import Bench, Scenario, Workload, machine, say, write_json
-from peers.stats import Speeds, arm_row, claim_row, describe_machine, ratio, speeds, table
 
 OUT = Path("runs/gguf")
 LENGTH = 1024
-PROMPT = (512, 1)
+PROMPT = (LONG, 1)
 """Tokens of a long prompt and new ones."""
-CLAIMS = (
-    ("ours plain / llama.cpp plain", ("ours", PLAIN), (("llama.cpp", PLAIN),)),
-    ("ours speculative / ours plain", ("ours", SPECULATIVE), (("ours", PLAIN),)),
-    ("llama.cpp speculative / llama.cpp plain", ("llama.cpp", SPECULATIVE), (("llama.cpp", PLAIN),)),
-    ("ours speculative / best of llama.cpp", ("ours", SPECULATIVE), (("llama.cpp", PLAIN), ("llama.cpp", SPECULATIVE))),
-)
-
-
-def arms(llama: Path, lengths: list[int], sampled: bool, with_draft: bool) -> list[Arm]:
-    """All settings of both engines. sampled: llama.cpp also with drafts that are drawn, which pays at temperatures above 0."""
-    lengths = lengths if with_draft else []
-    env = {"PYTHONPATH": str(ROOT / "src")}
-    ours = Worker("ours", "worker_ours.py", Path(sys.executable), "torch", {"lengths": [0, *lengths]}, env)
-    made = [Arm("ours plain", "ours", PLAIN, ours, {"length": 0})]
-    made += [Arm(f"ours {n}", "ours", SPECULATIVE, ours, {"length": n}) for n in lengths]
-
-    def peer(name: str, **options: Any) -> Arm:
-        worker = Worker(name.replace(" ", "-"), "worker_xllama.py", llama, "xllamacpp", options)
-        return Arm(name, "llama.cpp", SPECULATIVE if options.get("length") else PLAIN, worker)
-
-    made += [peer("llama.cpp plain"), peer("llama.cpp plain, as stored", repack=False)]
-    made += [peer(f"llama.cpp {n}", length=n) for n in lengths]
-    return made + [peer(f"llama.cpp {n} sampled", length=n, sampled=True) for n in lengths if sampled]
 
 
 def pair_files(name: str, kinds: list[str]) -> list[tuple[Path, Path]]:
@@ -72,17 +52,8 @@ def pair_files(name: str, kinds: list[str]) -> list[tuple[Path, Path]]:
         for role in ("target", "draft"):
             file = folder / f"{role}-{kind}.gguf"
             if not file.exists():
-                command = [
-                    sys.executable,
-                    "-m",
-                    "outrider",
-                    "convert",
-                    folder / f"{role}-bfloat16",
-                    file,
-                    "--type",
-                    kind,
-                ]
-                subprocess.run(command, check=True)
+                convert = [sys.executable, "-m", "outrider", "convert", folder / f"{role}-bfloat16", file]
+                subprocess.run([*convert, "--type", kind], check=True)
             both.append(file)
         made.append((both[0], both[1]))
     return made
@@ -93,7 +64,8 @@ def measure(
 ) -> dict[str, Any]:
     """Rounds until the time is up, at least one, behind those that an earlier run kept. The record, which is on the disk too."""
     scenarios = [Scenario(1, t) for t in options.temperature] + [Scenario(1, 0.0, PROMPT, (PLAIN,))]
-    wanted = arms(options.llama, options.lengths, max(options.temperature) > 0, draft is not None)
+    checkpoint = target.parent / "target-bfloat16" if options.pair else None
+    wanted = arms(options.lengths, max(options.temperature) > 0, draft is not None, options.llama, checkpoint)
     bench = Bench(wanted, scenarios, Workload(options.prompt, options.tokens, vocab, 0))
     for scenario in scenarios:  # at temperature 0 drafts that are drawn are those that are not
         for arm in wanted if scenario.temperature == 0 else ():
@@ -103,7 +75,9 @@ def measure(
     files = {file.name: file.stat().st_size for file in (target, draft) if file is not None}
     setting = {"files": files, "threads": options.threads, "prompt": options.prompt, "tokens": options.tokens,
                "arms": [a.name for a in wanted], "scenarios": [s.name for s in scenarios]}  # fmt: skip
-    about = {"name": name, "command": shlex.join(["python", *sys.argv]), "setting": setting, "machine": machine(cores),
+    kind = re.search(r"i?q\d_\w|mxfp4|bf16|f16", name.lower())
+    about = {"kind": "gguf", "name": name, "type": kind[0] if kind else "", "command": shlex.join(["python", *sys.argv]),
+             "clock": "cpu" if options.cpu_time else "seconds", "setting": setting, "machine": machine(cores),
              "date": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
     OUT.mkdir(parents=True, exist_ok=True)
     out = OUT / f"{name}.json"
@@ -132,31 +106,6 @@ def measure(
     finally:
         bench.end()
     return about | bench.record()
-
-
-def report(found: dict[str, Any], clock: str) -> str:
-    """Ratios and speeds of one file as Markdown."""
-
-    def of(scenario: str, kinds: tuple[tuple[str, str], ...]) -> Speeds:
-        samples = found["samples"][scenario]
-        return {n: speeds(rows, clock) for n, rows in samples.items() if tuple(found["arms"][n]) in kinds and any(rows)}
-
-    rows = []
-    for scenario in found["scenarios"]:
-        for text, ours, theirs in CLAIMS:
-            got = ratio(of(scenario, (ours,)), of(scenario, theirs))
-            if got is not None:
-                row = claim_row(text, scenario, None, got)
-                rows.append([*row[:4], row[6], str(got.rounds)])
-    parts = [f"### {found['name']}\n", f"{describe_machine(found['machine'])}; {found['setting']['threads']} threads, by "
-             f"{'the clock' if clock == 'seconds' else 'processor time'}, {found['date']}\n",
-             table(["ratio of speeds", "scenario", "median", "95%", "settings", "rounds"], rows)]  # fmt: skip
-    for scenario, samples in found["samples"].items():
-        speeds_of = [arm_row(name, rows, clock) for name, rows in samples.items() if any(rows)]
-        parts.append(
-            f"\n{scenario}\n\n" + table(["setting", "tokens/s", "10% to 90%", "tokens a call", "rounds"], speeds_of)
-        )
-    return "\n".join(parts) + "\n"
 
 
 def parse() -> argparse.Namespace:
@@ -203,7 +152,7 @@ def main() -> None:
         names = [target.stem for target in options.target]
     for name, (target, draft) in zip(names, files, strict=True):
         found = measure(name, target, draft, vocab, 60 * options.minutes / len(files), options)
-        print(report(found, "cpu" if options.cpu_time else "seconds"), flush=True)
+        print(section(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python benchmarks/peers.py install vllm            an environment of its own, .venvs/vllm
     python benchmarks/peers.py install llama           another one; compiles llama.cpp
+    python benchmarks/peers.py install llama-native    its server, compiled for this machine, for gguf_files.py
     python benchmarks/peers.py run --pair 160m-0.8 --minutes 12
-    python benchmarks/peers.py table runs/peers/*.json --write docs/peers.md
+    python benchmarks/peers.py table runs/peers/*.json runs/gguf/*.json --write docs/peers.md
 
 `run` builds the pair if it is not there, starts one process per engine setting that cannot share one, and repeats
 rounds until the time is up. A round runs every arm once in random order, with fresh prompts that all arms share. A peer
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 from peers.arms import ENGINES
-from peers.install import STEPS, install
+from peers.install import COMPILED, STEPS, install
 from peers.report import write_report
 from peers.run import run
 
@@ -29,7 +30,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Outrider beside its peers")
     commands = parser.add_subparsers(dest="command", required=True)
     environment = commands.add_parser("install", help="make the environment of a peer")
-    environment.add_argument("peer", choices=sorted(STEPS))
+    environment.add_argument("peer", choices=sorted((*STEPS, *COMPILED)))
     measure = commands.add_parser("run", help="measure")
     measure.add_argument("--pair", action="append", help="size-acceptance, repeatable; default 160m-0.8")
     measure.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -46,7 +47,7 @@ def parse() -> argparse.Namespace:
     measure.add_argument("--out", type=Path, default=OUT)
     report = commands.add_parser("table", help="result files as Markdown")
     report.add_argument("files", type=Path, nargs="+")
-    report.add_argument("--write", type=Path, help="replace this file instead of printing")
+    report.add_argument("--write", type=Path, help="put the sections into this file instead of printing")
     return parser.parse_args()
 
 

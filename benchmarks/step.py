@@ -1,6 +1,7 @@
 """Where does the time of a speculative step go? Every part of it, in microseconds, beside a plain step and a bare forward.
 
     python benchmarks/step.py [--threads 2] [--tokens 96] [--count 4] [--temperature 0 1] [--only "EAGLE, 4"]
+    python benchmarks/step.py --target big.gguf --draft small.gguf --lengths 0 4
 
 Parts are functions of the engine, timed where they stand, each without the parts inside it; `other` is what no part took, so the
 lines add up to the step. All are means over the faster half of the steps, since what neighbours do only adds to them. Clocks cost
@@ -10,12 +11,13 @@ time too: the same steps are also made without them, in turn. First v(R): the ta
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -148,12 +150,8 @@ def watched(engine: Engine, clock: Clock) -> Iterator[None]:
                 setattr(where, attribute, kept)
 
 
-def profile(name: str, temperature: float, tokens: int, count: int) -> None:
-    draft, length = DRAFTS[name]
-    engine = Engine.build(draft=draft, length=length, max_length=512)
-    prompts = shipped_prompts()[: count + 1]
-
-    def run(prompt: str, n: int) -> list[float]:
+def profile(name: str, engine: Engine, prompts: list[str] | list[list[int]], temperature: float, tokens: int) -> None:
+    def run(prompt: str | list[int], n: int) -> list[float]:
         """Seconds of every step after the one that reads the prompt."""
         engine.submit(prompt, SamplingParams(temperature=temperature, max_tokens=tokens, seed=n, ignore_eos=True))
         took = []
@@ -180,9 +178,9 @@ def profile(name: str, temperature: float, tokens: int, count: int) -> None:
         print(f"    {part:26}{1e6 * took:8.0f} us {100 * took / whole:5.1f}%{calls[part]:7.1f} calls")
 
 
-def widths(rounds: int) -> None:
+def widths(path: str, rounds: int) -> None:
     """v(R): the target's forward for a chain of R rows behind 128 cached ones, alone; the least of the rounds."""
-    target = load_target(str(shipped("target")))
+    target = load_target(path)
     kv = target.new_kv(1, CONTEXT + 16)
     made = {
         n: Rows.assemble([0], [[7]], [CONTEXT], Draft.join([([5] * (n - 1), list(range(-1, n - 2)))])) for n in ROWS
@@ -206,15 +204,29 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--only", nargs="+", default=list(DRAFTS))
+    parser.add_argument("--target", help="instead of the shipped pair and its drafters: a model, with random prompts")
+    parser.add_argument("--draft", default="none", help="with --target: its draft model")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[0, 4], help="with --target: draft lengths, 0 for none"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.threads == 1:
         global NOW
         NOW = time.thread_time
-    widths(100)
+    widths(args.target or str(shipped("target")), 100)
+    prompts: Any = shipped_prompts()[: args.count + 1]
+    engines = {name: partial(Engine.build, draft=DRAFTS[name][0], length=DRAFTS[name][1]) for name in args.only}
+    if args.target:
+        chance = random.Random(0)
+        prompts = [[chance.randrange(500) for _ in range(16)] for _ in range(args.count + 1)]
+        drafts = {n: args.draft if n else "none" for n in args.lengths}
+        engines = {
+            f"drafts of {n}": partial(Engine.build, target=args.target, draft=d, length=n) for n, d in drafts.items()
+        }
     for temperature in args.temperature:
-        for name in args.only:
-            profile(name, temperature, args.tokens, args.count)
+        for name, build in engines.items():
+            profile(name, build(max_length=512), prompts, temperature, args.tokens)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ VENVS = ROOT / ".venvs"
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One process. needs: the distribution that must be installed in `python`'s environment."""
+    """One process. needs: the distribution that must be installed in `python`'s environment; program: instead, a file that must
+    be there."""
 
     name: str
     script: str
@@ -26,6 +27,7 @@ class Worker:
     needs: str
     options: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    program: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import sys
 from ctypes.util import find_library
 from pathlib import Path
 
+from . import native_llama
 from .arms import ROOT, VENVS
 
 STEPS = {
@@ -15,12 +16,16 @@ STEPS = {
     "xllama": ["xllamacpp==2026.10.11549"],
     "speculators": ["speculators==0.9.0", "--editable", f"{ROOT}[dev]"],  # with us: it reads what we write
 }
+COMPILED = {"llama-native": native_llama.build}
+"""Peers that are no packages -> what makes them."""
 # Packages pull in builds of these for another torch: importing the first one fails, and takes the peer with it.
 FOREIGN = {"vllm": ["torchvision", "torchaudio", "torchcodec"], "speculators": ["torchvision", "torchaudio"]}
 
 
 def install(peer: str) -> None:
     """Make `.venvs/<peer>` (git-ignored). Going on after an interruption is fine."""
+    if peer in COMPILED:
+        return COMPILED[peer]()
     venv = VENVS / peer
     python = venv / "bin" / "python"
     if not python.exists():

@@ -42,9 +42,11 @@ class Running:
 
 
 def installed(worker: Worker) -> str | None:
-    """The version of the distribution a worker needs, or None: the peer is absent."""
+    """The version of the distribution a worker needs (the name of its program), or None: the peer is absent."""
     if not worker.python.exists():
         return None
+    if worker.program is not None:
+        return worker.program.name if worker.program.exists() else None
     code = f"from importlib.metadata import version; print(version({worker.needs!r}))"
     done = subprocess.run([worker.python, "-c", code], capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

@@ -1,12 +1,14 @@
-"""Result files of `peers.py run` as one Markdown page."""
+"""Result files of `peers.py run`, `gguf_files.py` and `gguf_rows.py` as one Markdown page."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import gguf_arms, rows
 from .arms import claims
 from .stats import Speeds, arm_row, claim_row, describe_machine, ratio, speeds, table
 
@@ -19,13 +21,35 @@ the other rounds.
 """
 
 
+AFTER = "## What these tables say"
+"""New sections go before the one that begins so."""
+
+
 def write_report(files: Sequence[Path], out: Path | None) -> None:
-    """Print the page, or replace `out` by it."""
-    page = "\n".join([HEAD, *(section(json.loads(file.read_text())) for file in files)])
+    """Print the page, or put its sections into `out`: in place of those with the same title, and new ones behind the others."""
+    made = sections([json.loads(file.read_text()) for file in files])
     if out is None:
-        print(page)
+        print("\n".join([HEAD, *made]))
     else:
-        out.write_text(page)
+        out.write_text(merged(out.read_text() if out.exists() else HEAD, made))
+
+
+def sections(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A section a result; one for all that have rows of GGUF files."""
+    timed = {result["name"]: result for result in results if result.get("kind") == "rows"}
+    made = [section(result) for result in results if "kind" not in result]
+    made += [gguf_arms.section(r, timed.get(r["name"])) for r in results if r.get("kind") == "gguf"]
+    return made + ([rows.section(list(timed.values()))] if timed else [])
+
+
+def merged(page: str, made: Sequence[str]) -> str:
+    """The page with these sections. What is on it under other titles stays."""
+    head, *old = re.split(r"(?m)^(?=## )", page)
+    title = lambda text: text.partition("\n")[0]  # noqa: E731
+    new = {title(text): text.rstrip() + "\n\n" for text in made}
+    kept = [new.pop(title(text), text) for text in old]
+    at = next((i for i, text in enumerate(kept) if text.startswith(AFTER)), len(kept))
+    return "".join([head.rstrip() + "\n\n", *kept[:at], *new.values(), *kept[at:]]).rstrip() + "\n"
 
 
 def section(result: dict[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""Worker: Outrider through its public interface. Setting: length, the draft length (0 = plain decoding).
+"""Worker: Outrider through its public interface. Setting: length, the draft length (0 = plain decoding). options: `lengths`, which
+ones there are; `target`, another target than the one that all workers load.
 
 One engine per length, all over the same loaded weights.
 """
@@ -24,7 +25,7 @@ def load(what: channel.Load) -> tuple[channel.Run, dict[str, str]]:
     """Build the engines of `options["lengths"]`."""
     torch.set_num_threads(what.threads)
     sizes = {"dtype": what.dtype, "capacity": what.capacity, "max_length": what.length}
-    plain = Engine.build(target=what.target, draft="none", length=0, **sizes)
+    plain = Engine.build(target=what.options.get("target", what.target), draft="none", length=0, **sizes)
     engines = {n: companion(plain, what.draft, length=n) if n else plain for n in what.options["lengths"]}
 
     def run(command: channel.Command) -> dict[str, Any]:

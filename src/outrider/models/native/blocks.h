@@ -67,7 +67,8 @@ inline vf block_scales(const uint8_t* p) {
 }
 
 // Groups are read side by side, each a stream, and lines are asked for ahead of their use: few lines of one stream are under way
-// from memory at a time. Behind a group's codes come those of the group that follows the C: most likely they are read next.
+// from memory at a time. They are asked into the second cache, which is a quarter faster on Zen 4: probably each that comes to the
+// first holds one of its few places for misses until it is there. Behind a group's codes come those of the group that follows the C: most likely they are read next.
 constexpr int64_t reach(int64_t at, int64_t ahead, int64_t size, int64_t next) {
     return at + ahead < size ? at + ahead : next + (at + ahead - size);
 }
@@ -75,7 +76,7 @@ constexpr int64_t reach(int64_t at, int64_t ahead, int64_t size, int64_t next) {
 template <int BYTES>
 inline void ask_lines(const uint8_t* p) {
 #pragma GCC unroll 8
-    for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(p + i, 0, 3);
+    for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 // out[(c * R + r) * LANES] for C groups side by side and R rows of a type with blocks of 32.
