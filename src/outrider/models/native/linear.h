@@ -130,11 +130,11 @@ inline void step(vf (&acc)[M][R], const bf16* w, int64_t ldw, const Packing<bf16
 }
 
 // Asks for lines of the R streams, so many bytes ahead of what is read: hardware follows a stream within a page and begins anew at
-// the next one.
-template <class W, int R>
+// the next one. For one row of x, which waits for memory alone, into the second cache: see `ask_lines`.
+template <class W, int M, int R>
 inline void ask(const char* ahead, int64_t apart) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * apart * (int64_t)sizeof(W), 0, 3);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * apart * (int64_t)sizeof(W), 0, M == 1 ? 2 : 3);
 }
 
 // out[m * ldo + r * each] = w[r * each] . x[m] over k elements, for R streams that are `each` rows of `ldw` apart. next: rows from
@@ -151,7 +151,7 @@ inline void tile(
     vf acc[M][R] = {};
     int i = 0;
     for (; i + LINE <= k; i += LINE) {
-        ask<W, R>((const char*)w + (i + ahead < k ? i + ahead : next * ldw + (i + ahead - k)) * (int64_t)sizeof(W), apart);
+        ask<W, M, R>((const char*)w + (i + ahead < k ? i + ahead : next * ldw + (i + ahead - k)) * (int64_t)sizeof(W), apart);
 #pragma GCC unroll 8
         for (int j = 0; j < LINE; j += STEP) step<M, R>(acc, w + i + j, apart, x + i + j, ldx);
     }
