@@ -81,6 +81,7 @@ def test_audit_of_greedy_text(run) -> None:
         (("plan", "--traffic", "poisson:2", "--out", "x.md"), "only a ranking"),
         (("plan", "--out", "x.yaml"), "is what --ray writes"),
         (("plan", "--overhead-ms", "3"), "--overhead-ms says nothing without --traffic"),
+        (("plan", "--step-ms", "3"), "--step-ms says nothing without --traffic"),
         (("plan", "--traffic", "poisson:2", "--retries", "3"), "without --mtbf"),
         (("plan", "--disaggregated"), "without --gpus"),
         (("plan", "--gpus", "8", "--target", "70b", "--check"), "--check says nothing beside --gpus"),

@@ -56,7 +56,12 @@ RayAddress = Annotated[
 ]
 
 
-_SPELLED = {"overhead": "--overhead-ms", "chat_template": "--no-chat-template", "ignore_eos": "--stop-at-eos"}
+_SPELLED = {
+    "overhead": "--overhead-ms",
+    "step": "--step-ms",
+    "chat_template": "--no-chat-template",
+    "ignore_eos": "--stop-at-eos",
+}
 """Options whose names on the command line are not those of their fields, and flags by what asks for another than the default."""
 
 

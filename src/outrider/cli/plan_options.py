@@ -114,12 +114,10 @@ class PlanOptions:
         float,
         typer.Option("--overhead-ms", min=0, help="With --traffic: milliseconds of network and HTTP per request."),
     ] = 0.0
-    stream: Annotated[
+    step: Annotated[
         float,
         typer.Option(
-            "--stream-ms",
-            min=0,
-            help="With --traffic: milliseconds of text and HTTP per piece of a stream, in its step.",
+            "--step-ms", min=0, help="With --traffic: milliseconds that serving adds to a step: text and HTTP."
         ),
     ] = 0.0
     mtbf: Annotated[
