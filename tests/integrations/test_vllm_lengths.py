@@ -15,8 +15,19 @@ from outrider.integrations.vllm.scheduler import NOTE, LiveScheduling
 from tests.integrations.vllm_stubs import config
 
 
-def drive(control: LiveLengths, cost: Callable[[int, int], float], accept: float, load: int, steps: int) -> list[int]:
-    """Steps of `load` sequences: cost(verified, drafted) seconds with 5% noise, tokens accepted with this probability each."""
+def within(draw: random.Random) -> float:
+    return draw.uniform(0.95, 1.05)
+
+
+def drive(
+    control: LiveLengths,
+    cost: Callable[[int, int], float],
+    accept: float,
+    load: int,
+    steps: int,
+    noise: Callable[[random.Random], float] = within,
+) -> list[int]:
+    """Steps of `load` sequences: cost(verified, drafted) seconds with noise, tokens accepted with this probability each."""
     draw, used, before = random.Random(steps), list[int](), 0
     for _ in range(steps):
         now = control.next(load)
@@ -26,7 +37,7 @@ def drive(control: LiveLengths, cost: Callable[[int, int], float], accept: float
             while n < before and draw.random() < accept:
                 n += 1
             accepted.append(n)
-        control.saw(SeenStep(load, before, now, False, cost(before, now) * draw.uniform(0.95, 1.05), accepted))
+        control.saw(SeenStep(load, before, now, False, cost(before, now) * noise(draw), accepted))
         used.append(now)
         before = now
     return used
@@ -48,6 +59,18 @@ def test_drafting_and_verifying_in_one_step_do_not_mislead_it() -> None:
     """All of the cost is in drafting: a controller that charged a step to the length it verified would see no difference."""
     used = drive(LiveLengths(4, 4), lambda verified, drafted: 1.0 + (2.0 if drafted else 0.0), 0.4, 2, 3000)
     assert share(used, 0) > 0.85
+
+
+def test_a_length_that_is_5_percent_faster_is_found_though_single_steps_vary_by_4() -> None:
+    """The speeds of eight sequences inside vLLM: 3 is the best, and it begins with 4. Two pairs in three show the margin
+    of 3%; seven in ten were asked once, and half of these runs stayed with 4."""
+    accept, speeds = 0.79, (1.0, 1.15, 1.18, 1.2, 1.14)
+    tokens = [sum(accept**i for i in range(n + 1)) for n in range(5)]
+    more = [t / s - 1.0 for t, s in zip(tokens, speeds, strict=True)]
+    cost = lambda verified, drafted: 1.0 + (more[verified] + more[drafted]) / 2  # noqa: E731
+    noise = lambda draw: draw.gauss(1.0, 0.04)  # noqa: E731
+    found = [share(drive(LiveLengths(4, 4), cost, accept, 8, 6000 + n, noise), 3) > 0.85 for n in range(8)]
+    assert sum(found) >= 7
 
 
 def test_each_load_has_its_own_length() -> None:
