@@ -1,7 +1,7 @@
 """The worker's end of the line to `peers.py`: one JSON object per line, in on stdin, out on stdout.
 
-A worker runs in the environment of its engine, so it imports that engine, this file (standard library only) and nothing
-else of ours. First line in: what to load. First line out: `{"ready": true, ...}`. Then one command in, one result out,
+A worker runs in the environment of its engine, so it imports that engine, this file and `completion.py` (standard library only)
+and nothing else of ours. First line in: what to load. First line out: `{"ready": true, ...}`. Then one command in, one result out,
 until stdin ends. Whatever an engine prints goes to stderr, which the orchestrator keeps as a log.
 """
 

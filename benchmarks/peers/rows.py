@@ -103,6 +103,7 @@ def _growth(result: dict[str, Any], engine: str, rows: int) -> Ratio:
 
 
 def _within(found: Ratio, most: float) -> tuple[str, str]:
-    """The ratio with its interval; the goal, and whether it is kept: yes or no if the whole interval says so."""
-    answer = "yes" if found.high <= most else "no" if found.low > most else "open"
+    """The ratio with its interval; the goal, and whether it is kept: yes or no if the whole interval says so, of several rounds."""
+    sure = found.rounds > 1
+    answer = "yes" if sure and found.high <= most else "no" if sure and found.low > most else "open"
     return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})", f"{most:g}: {answer}"

@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import channel
+import completion
 
 HOST = "127.0.0.1"
 
@@ -64,35 +65,15 @@ def load(what: channel.Load) -> tuple[channel.Run, dict[str, str]]:
     port = free_port()
     process = subprocess.Popen(command_line(what, port), env=env, stdin=subprocess.DEVNULL)
     wait_for(process, port)
-    told: dict[str, Any] = {}
 
-    def generate(command: channel.Command) -> list[list[int]]:
-        [prompt] = command.prompts
-        body = {
-            "prompt": prompt,
-            "n_predict": command.tokens,
-            "temperature": command.temperature,
-            "seed": command.seed,
-            "samplers": ["temperature"],
-            "cache_prompt": False,
-            "ignore_eos": True,
-            "return_tokens": True,
-        }
+    def post(body: dict[str, Any]) -> dict[str, Any]:
         status, text = _request(port, "POST", "/completion", json.dumps(body))
         if status != 200:
             raise RuntimeError(f"the server answered {status}: {text[:200]!r}")
-        found = json.loads(text)
-        told.update(found["timings"])
-        return [found["tokens"]]
-
-    def run(command: channel.Command) -> dict[str, Any]:
-        told.clear()
-        found = channel.timed(lambda: generate(command), command)
-        accepted = told.get("draft_n_accepted", 0)
-        return found | {"calls": found["tokens"] - accepted, "drafted": told.get("draft_n", 0)}
+        return json.loads(text)
 
     number = re.search(r"version: *(.*)", version.stdout + version.stderr)
-    return run, {"llama.cpp": number[1].strip() if number else "unknown"}
+    return completion.runner(post), {"llama.cpp": number[1].strip() if number else "unknown"}
 
 
 def _request(port: int, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:

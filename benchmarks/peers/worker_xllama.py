@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 import channel
+import completion
 import xllamacpp
 
 
@@ -30,33 +31,13 @@ def load(what: channel.Load) -> tuple[channel.Run, dict[str, str]]:
         draft.probabilistic = options.get("sampled", False)
     server = xllamacpp.Server(params)
 
-    told: dict[str, Any] = {}
-
-    def generate(command: channel.Command) -> list[list[int]]:
-        [prompt] = command.prompts
-        body = {
-            "prompt": prompt,
-            "n_predict": command.tokens,
-            "temperature": command.temperature,
-            "seed": command.seed,
-            "samplers": ["temperature"],
-            "cache_prompt": False,
-            "ignore_eos": True,
-            "return_tokens": True,
-        }
+    def post(body: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(server.listening_address + "/completion", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=300) as reply:
-            found = json.load(reply)
-        told.update(found["timings"])
-        return [found["tokens"]]
+            return json.load(reply)
 
-    def run(command: channel.Command) -> dict[str, Any]:
-        found = channel.timed(lambda: generate(command), command)
-        accepted = told.get("draft_n_accepted", 0)
-        return found | {"calls": found["tokens"] - accepted, "drafted": told.get("draft_n", 0)}
-
-    return run, {"xllamacpp": version("xllamacpp")}
+    return completion.runner(post), {"xllamacpp": version("xllamacpp")}
 
 
 if __name__ == "__main__":

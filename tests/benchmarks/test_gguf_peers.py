@@ -123,6 +123,29 @@ def test_prediction_is_tokens_over_the_time_of_rows_and_drafts():
     assert row[2:] == ["2.00", "1.54", "2.00 (2.00 to 2.00)", "1.30"]
 
 
+def test_one_round_settles_no_goal():
+    once = TIMED | {"samples": {key: found[:1] for key, found in TIMED["samples"].items()}}
+    row = _row(rows.section([once]), "160m-0.8-q8_0")
+    assert [row[i] for i in (4, 6, 8, 10)] == ["1: open", "0.6: open", "1.15: open", "1.25: open"]
+
+
+def test_a_completion_counts_target_calls_and_forgets_the_one_before(monkeypatch):
+    monkeypatch.syspath_prepend(str(arms.HERE))
+    import channel
+    import completion
+
+    answers = [
+        {"tokens": [1] * 8, "timings": {"draft_n": 9, "draft_n_accepted": 5}},
+        {"tokens": [1] * 8, "timings": {}},
+    ]
+    asked = []
+    run = completion.runner(lambda body: asked.append(body) or answers[len(asked) - 1])
+    command = channel.Command([[3, 4]], 8, 0.5, 7, {})
+    drafted, plain = run(command), run(command)
+    assert (drafted["calls"], drafted["drafted"], plain["calls"], plain["drafted"]) == (3, 9, 8, 0)
+    assert asked[0]["prompt"] == [3, 4] and asked[0]["n_predict"] == 8 and asked[0]["temperature"] == 0.5
+
+
 def test_rows_are_compared_with_the_better_layout():
     page = rows.section([TIMED])
     row = _row(page, "160m-0.8-q8_0")

@@ -139,16 +139,6 @@ class World:
         return all(self.resting.held.get(p) == self.always.held[p] for p in places)
 
 
-def test_the_cache_is_whole_whenever_a_draft_is_asked_for() -> None:
-    for seed in range(20):
-        world = World(seed)
-        for _ in range(150):
-            length = world.draw.choice((0, 0, 0, 0, 0, 2))
-            world.step(length)
-            assert length == 0 or world.agree()
-        assert world.resting.calls < 0.8 * world.always.calls
-
-
 def test_what_waits_is_bounded() -> None:
     """Also where no draft is ever asked for, all is read in the end, a forward for many steps."""
     world = World(1)
@@ -266,14 +256,16 @@ class PlainWorld(World):
         assert (drafted is None) == (runner.plain > before)
 
 
-def test_the_cache_is_whole_after_steps_without_speculation() -> None:
+@pytest.mark.parametrize("kind", [World, PlainWorld])
+def test_the_cache_is_whole_whenever_a_draft_is_asked_for(kind: type[World]) -> None:
     for seed in range(20):
-        world = PlainWorld(seed)
+        world = kind(seed)
         for _ in range(150):
             length = world.draw.choice((0, 0, 0, 0, 0, 2))
             world.step(length)
             assert length == 0 or world.agree()
-        assert world.runner.plain > 30 and world.resting.calls < 0.8 * world.always.calls
+        assert world.resting.calls < 0.8 * world.always.calls
+        assert not isinstance(world, PlainWorld) or world.runner.plain > 30
 
 
 def test_a_step_that_fails_leaves_the_speculation_where_it_was() -> None:

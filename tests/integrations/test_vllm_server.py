@@ -169,6 +169,30 @@ def test_parts_say_which_setting_switched_what_off(monkeypatch: pytest.MonkeyPat
     assert "speculative-config" in parts_of(own, None, True)[-1]["remedy"]
 
 
+@pytest.mark.parametrize(
+    ("restless", "drafting", "said"),
+    [
+        ("", "", "the drafter rests at length 0"),
+        (
+            "",
+            "with asynchronous scheduling",
+            "rests at length 0, but its steps prepare drafts: with asynchronous scheduling",
+        ),
+        (
+            "on GPUs drafters read every token",
+            "on GPUs drafters read every token",
+            "; on GPUs drafters read every token",
+        ),
+    ],
+)
+def test_parts_say_what_length_0_still_costs(restless: str, drafting: str, said: str) -> None:
+    """A drafter that does not rest is the reason for both, and is named once."""
+    rows = {
+        row["part"]: row for row in parts_of(config(), report() | {"restless": restless, "drafting": drafting}, True)
+    }
+    assert rows["lengths"]["found"].endswith(said)
+
+
 def test_a_rule_that_is_not_in_place_is_no_rule() -> None:
     """Without our worker class doctor says so; where our worker cannot put it there, the server does not start."""
     for found, live in ((None, False), (report(), True)):

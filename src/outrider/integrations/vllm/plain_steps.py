@@ -25,6 +25,7 @@ READS = (
     "input_batch",
 )
 """Attributes of vLLM's runner that are read here."""
+OTHER = "this vLLM's runner has another interface than that of 0.32"
 STATE = ("scheduler_output", "hidden_states", "aux_hidden_states", "slot_mappings")
 """What a step leaves for sampling."""
 
@@ -89,7 +90,7 @@ def let_steps_be_plain(runner: Any, states: type) -> str:
     layers = sorted(getattr(runner.drafter, "_draft_attn_layer_names", ()))
     missing = [name for name in READS if not hasattr(runner, name)]
     if missing or not set(STATE) <= set(getattr(states, "_fields", ())) or not layers:
-        return "this vLLM's runner has another interface than that of 0.32"
+        return OTHER
     if getattr(runner, "use_async_scheduling", True):
         return "with asynchronous scheduling a step prepares the next one's drafts"
     if runner.model_config.is_hybrid:

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from outrider.errors import ConfigError
-from outrider.integrations.vllm.plain_steps import let_steps_be_plain
+from outrider.integrations.vllm.plain_steps import OTHER, let_steps_be_plain
 from outrider.integrations.vllm.rest import let_rest
 from outrider.integrations.vllm.scheduler import NOTE
 from outrider.integrations.vllm.settings import Settings
@@ -80,7 +80,7 @@ class Ledgered:
         try:
             from vllm.v1.worker.gpu_model_runner import ExecuteModelState  # type: ignore[reportMissingImports]
         except ImportError:
-            return "this vLLM's runner has another interface than that of 0.32"
+            return OTHER
         return let_steps_be_plain(runner, ExecuteModelState)
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
