@@ -22,7 +22,7 @@ Option = str | int | float | bool | None
 def check_rule(rule: str, allow_lossy: bool) -> None:
     """Raises ConfigError for a rule that there is not, or that changes the text where that is not allowed."""
     if rule != "auto" and not load_rule(rule).lossless and not allow_lossy:
-        raise ConfigError(f"rule {rule!r} changes the distribution of the text: add allow_lossy: true to the cell")
+        raise ConfigError(f"rule {rule!r} changes the distribution of the text: add allow_lossy: true beside it")
 
 
 class Fields(BaseModel):
