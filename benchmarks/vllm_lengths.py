@@ -3,10 +3,12 @@
     .venv-vllm/bin/python benchmarks/vllm_lengths.py --rounds 28
 
 Two processes with vLLM in each, one plain and one with our scheduler; only one of them works at a time, so rounds are comparable.
-Every round runs each arm once at each load, in shuffled order. The adaptive arm keeps what it has learnt between its turns, and
-learns for some steps before the first round; `learning` is the price of that. Prints ratios to plain of sums over rounds, with 95%
-intervals. The fixed length that the adaptive arm is compared with in a round is the best one of the other rounds: the best of five
-in the same rounds would be the luckiest too.
+Every round runs each arm once at each load, in shuffled order. A load is a number of sequences that stays: a request that ends is
+followed by the next one, and the clock stops when none is left to follow. (A batch that runs empty spends half of its steps at
+lower loads, and is as slow as its slowest sequence, which the lengths of the others do not change.) The adaptive arm keeps what it
+has learnt between its turns, and learns for some runs before the first round; `learning` is the price of that. Prints ratios to
+plain of sums over rounds, with 95% intervals. The fixed length that the adaptive arm is compared with in a round is the best one of
+the other rounds: the best of five in the same rounds would be the luckiest too.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from typing import Any
 
 import numpy as np
 
-LENGTHS, LOADS, TOKENS = (0, 1, 2, 3, 4), (1, 8), 64
+LENGTHS, TOKENS = (0, 1, 2, 3, 4), 96
+LOADS = {1: 2, 8: 16}
+"""Sequences at a time, and the requests of a run."""
 
 
 def worker(method: str) -> None:
@@ -71,14 +75,33 @@ def worker(method: str) -> None:
         if folder:
             scheduler.lengths = adaptive if asked["arm"] == "adaptive" else Cycle([asked["arm"]])
         draw = random.Random(asked["seed"])
-        chosen = [draw.choice(prompts) for _ in range(asked["load"])]
+        chosen = [draw.choice(prompts) for _ in range(LOADS[asked["load"]])]
         params = SamplingParams(temperature=asked["temperature"], max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-        began = time.perf_counter()
-        done = llm.generate(chosen, params, use_tqdm=False)
-        seconds = time.perf_counter() - began
-        tokens = sum(len(out.outputs[0].token_ids) for out in done)
+        done = steady(llm.llm_engine, chosen, params, asked["load"])
         look = adaptive.control.outlook()
-        print(json.dumps({"tokens": tokens, "seconds": seconds, "length": look.length}), file=reply, flush=True)
+        print(json.dumps({**done, "length": look.length}), file=reply, flush=True)
+
+
+def steady(engine: Any, prompts: list[str], params: Any, load: int) -> dict[str, float]:
+    """Tokens and seconds of these requests, `load` at a time, until fewer are left; the rest is dropped."""
+    tokens = dict.fromkeys(map(str, range(len(prompts))), 0)
+    left = list(enumerate(prompts))[::-1]
+    running, began = 0, time.perf_counter()
+    while True:
+        while running < load and left:
+            number, prompt = left.pop()
+            engine.add_request(str(number), prompt, params)
+            running += 1
+        if running < load:
+            break
+        for out in engine.step():
+            tokens[out.request_id] = len(out.outputs[0].token_ids)
+            running -= out.finished
+    seconds = time.perf_counter() - began
+    engine.abort_request(list(tokens))
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {"tokens": sum(tokens.values()), "seconds": seconds}
 
 
 class Worker:
@@ -112,7 +135,7 @@ def main() -> None:
     parser.add_argument("--method", default="eagle3", choices=["eagle3", "draft_model", "dflash"])
     parser.add_argument("--rounds", type=int, default=28)
     parser.add_argument(
-        "--learn", type=int, default=60, help="batches of the adaptive arm at each load before the first round"
+        "--learn", type=int, default=40, help="runs of the adaptive arm at each load before the first round"
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="end after the round in which this time has passed")
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -172,22 +195,21 @@ def report(rows: list[dict[str, Any]], method: str) -> None:
             found = paired_ratio(*sides)
             return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
-        seconds = {arm: sum(here[n, arm]["seconds"] for n in rounds) for arm in arms}
-        tokens = sum(here[n, "plain"]["tokens"] for n in rounds)
-        best = min(LENGTHS, key=lambda arm: seconds[arm])
-        print(f"{method}, {load} at a time, {len(rounds)} rounds, plain {tokens / seconds['plain']:.0f} tokens/s")
+        best = max(LENGTHS, key=lambda arm: speed(here, arm, rounds))
+        print(f"{method}, {load} at a time, {len(rounds)} rounds, plain {speed(here, 'plain', rounds):.0f} tokens/s")
         for arm in ("adaptive", *LENGTHS):
             print(f"  {arm!s:>8}: {over(arm, 'plain')} of plain{' (best fixed)' if arm == best else ''}")
         print(f"  adaptive over the best fixed length of the other rounds: {over('adaptive', elsewhere(here, rounds))}")
 
 
+def speed(here: dict[tuple[int, Any], dict[str, Any]], arm: Any, rounds: list[int]) -> float:
+    """Tokens per second of an arm over these rounds."""
+    return sum(here[n, arm]["tokens"] for n in rounds) / sum(here[n, arm]["seconds"] for n in rounds)
+
+
 def elsewhere(here: dict[tuple[int, Any], dict[str, Any]], rounds: list[int]) -> Callable[[int], int]:
-    """For a round the fixed length that took the fewest seconds in the others."""
-
-    def seconds(arm: int, but: int) -> float:
-        return sum(here[n, arm]["seconds"] for n in rounds if n != but)
-
-    return lambda n: min(LENGTHS, key=lambda arm: seconds(arm, n))
+    """For a round the fixed length that was fastest in the others."""
+    return lambda n: max(LENGTHS, key=lambda arm: speed(here, arm, [x for x in rounds if x != n]))
 
 
 if __name__ == "__main__":
