@@ -313,10 +313,11 @@ def runner(device: str, propose: Any) -> Any:
 
 
 def test_it_rests_only_where_the_interface_is_known() -> None:
-    known = runner("cpu", Cache().propose)
-    assert let_rest(known, "eagle3", 64) == "" and isinstance(known.drafter.propose, Resting)
+    for method in ("eagle", "eagle3", "draft_model", "dflash"):
+        known = runner("cpu", Cache().propose)
+        assert let_rest(known, method, 64) == "" and isinstance(known.drafter.propose, Resting)
     for made, method, word in (
-        (runner("cpu", Cache().propose), "dflash", "dflash"),
+        (runner("cpu", Cache().propose), "mtp", "mtp"),
         (runner("meta", Cache().propose), "eagle3", "GPU"),
         (runner("cpu", lambda *args: None), "eagle3", "interface"),
     ):

@@ -31,8 +31,8 @@ TAKES = (
     "common_attn_metadata",
 )
 """Arguments of vLLM's `propose`, by name: a drafter rests only where it takes these."""
-METHODS = ("eagle", "eagle3")
-"""Methods whose drafter reads a step's rows as they are, shifted by one token; others shape them in their own ways."""
+METHODS = ("eagle", "eagle3", "draft_model", "dflash")
+"""Methods whose drafter takes a step's rows of every sequence, however many these are, and makes its own inputs of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Resting:
         starts = about.query_start_loc_cpu[: about.num_reqs + 1].tolist()
         late = waiting.before(names, step.position[starts[:-1]].tolist())
         self._waiting = Waiting()
-        fits = sum(map(len, late)) + len(step.token) <= self._most
+        fits = sum(map(len, late)) + len(step.token) + len(names) <= self._most  # a draft model adds a row to each
         return self.inner(**(given | _merged(about, waiting, late, step, starts) if any(late) and fits else given))
 
 
