@@ -3,6 +3,7 @@
     .venv-vllm/bin/python benchmarks/vllm_lengths.py --rounds 28
 
 Two processes with vLLM in each, one plain and one with our scheduler; only one of them works at a time, so rounds are comparable.
+Where a process happens to place its weights is worth some per cent, so there are several such pairs, one after another.
 Every round runs each arm once at each load, in shuffled order. A load is a number of sequences that stays: a request that ends is
 followed by the next one, and the clock stops when none is left to follow. (A batch that runs empty spends half of its steps at
 lower loads, and is as slow as its slowest sequence, which the lengths of the others do not change.) The adaptive arm keeps what it
@@ -20,14 +21,14 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-LENGTHS, TOKENS = (0, 1, 2, 3, 4), 96
-LOADS = {1: 2, 8: 16}
+TOKENS = 96
+LOADS = {1: 2, 8: 14}
 """Sequences at a time, and the requests of a run."""
 
 
@@ -137,6 +138,8 @@ def main() -> None:
     parser.add_argument(
         "--learn", type=int, default=40, help="runs of the adaptive arm at each load before the first round"
     )
+    parser.add_argument("--starts", type=int, default=4, help="pairs of processes, one after another")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="fixed lengths")
     parser.add_argument("--seconds", type=float, default=1e9, help="end after the round in which this time has passed")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--out", type=Path, help="append every measurement to this file")
@@ -148,10 +151,6 @@ def main() -> None:
     if o.report:
         report([json.loads(line) for line in o.report.read_text().splitlines()], o.method)
         return
-    began = time.monotonic()
-    plain, ours = Worker("plain"), Worker(o.method)
-    plain.ready()
-    ours.ready()
     rows: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:
@@ -160,29 +159,40 @@ def main() -> None:
             with o.out.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
 
+    for start in range(o.starts):
+        measure(o, range(start, o.rounds, o.starts), o.seconds / o.starts, keep)
+    report(rows, o.method)
+
+
+def measure(o: argparse.Namespace, rounds: Iterable[int], limit: float, keep: Callable[[dict[str, Any]], None]) -> None:
+    """One pair of processes: some runs to learn, then these rounds, until the time is over."""
+    began = time.monotonic()
+    plain, ours = Worker("plain"), Worker(o.method)
+    plain.ready()
+    ours.ready()
     for load in LOADS:
         for seed in range(o.learn):
             keep({"round": -1, "arm": "learning", "load": load, **ours.run("adaptive", load, seed, o.temperature)})
-        for arm in ("plain", *LENGTHS):
+        for arm in ("plain", *o.lengths):
             (plain if arm == "plain" else ours).run(arm, load, 0, o.temperature)  # warm
-    for number in range(o.rounds):
-        turns = [(arm, load) for arm in ("plain", "adaptive", *LENGTHS) for load in LOADS]
+    for number in rounds:
+        turns = [(arm, load) for arm in ("plain", "adaptive", *o.lengths) for load in LOADS]
         random.Random(number).shuffle(turns)
         for arm, load in turns:
             who = plain if arm == "plain" else ours
             keep({"round": number, "arm": arm, "load": load, **who.run(arm, load, number, o.temperature)})
-        if time.monotonic() - began > o.seconds:
+        if time.monotonic() - began > limit:
             break
     plain.end()
     ours.end()
-    report(rows, o.method)
 
 
 def report(rows: list[dict[str, Any]], method: str) -> None:
     """Speed of every arm over plain vLLM, and of the adaptive one over the best fixed length, 95% intervals over rounds."""
     from outrider.evaluate.statistics.ratios import paired_ratio
 
-    arms = ("plain", "adaptive", *LENGTHS)
+    lengths = sorted({r["arm"] for r in rows if isinstance(r["arm"], int)})
+    arms = ("plain", "adaptive", *lengths)
     for load in LOADS:
         here = {(r["round"], r["arm"]): r for r in rows if r["load"] == load and r["round"] >= 0}
         rounds = [n for n in sorted({n for n, _ in here}) if all((n, arm) in here for arm in arms)]
@@ -195,11 +205,13 @@ def report(rows: list[dict[str, Any]], method: str) -> None:
             found = paired_ratio(*sides)
             return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
-        best = max(LENGTHS, key=lambda arm: speed(here, arm, rounds))
+        best = max(lengths, key=lambda arm: speed(here, arm, rounds))
         print(f"{method}, {load} at a time, {len(rounds)} rounds, plain {speed(here, 'plain', rounds):.0f} tokens/s")
-        for arm in ("adaptive", *LENGTHS):
+        for arm in ("adaptive", *lengths):
             print(f"  {arm!s:>8}: {over(arm, 'plain')} of plain{' (best fixed)' if arm == best else ''}")
-        print(f"  adaptive over the best fixed length of the other rounds: {over('adaptive', elsewhere(here, rounds))}")
+        print(
+            f"  adaptive over the best fixed length of the other rounds: {over('adaptive', elsewhere(here, rounds, lengths))}"
+        )
 
 
 def speed(here: dict[tuple[int, Any], dict[str, Any]], arm: Any, rounds: list[int]) -> float:
@@ -207,9 +219,11 @@ def speed(here: dict[tuple[int, Any], dict[str, Any]], arm: Any, rounds: list[in
     return sum(here[n, arm]["tokens"] for n in rounds) / sum(here[n, arm]["seconds"] for n in rounds)
 
 
-def elsewhere(here: dict[tuple[int, Any], dict[str, Any]], rounds: list[int]) -> Callable[[int], int]:
+def elsewhere(
+    here: dict[tuple[int, Any], dict[str, Any]], rounds: list[int], lengths: Sequence[int]
+) -> Callable[[int], int]:
     """For a round the fixed length that was fastest in the others."""
-    return lambda n: max(LENGTHS, key=lambda arm: speed(here, arm, [x for x in rounds if x != n]))
+    return lambda n: max(lengths, key=lambda arm: speed(here, arm, [x for x in rounds if x != n]))
 
 
 if __name__ == "__main__":
