@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
+from outrider.control.text_mix import TextMix
 from outrider.records import StepRecord
 from outrider.theory.recurrent import reread
 from outrider.theory.speedup import break_even_acceptance
@@ -28,6 +29,7 @@ class AcceptanceByDepth:
 
     def __init__(self, longest: int) -> None:
         self._hits, self._tries = [0.0] * longest, [0.0] * longest
+        self.texts = TextMix(longest)
 
     @property
     def known(self) -> bool:
@@ -38,6 +40,7 @@ class AcceptanceByDepth:
         """Learn from a step that verified drafts of these lengths, minus those of sequences that have ended."""
         if not lengths:
             return
+        self.texts.learn(record.each)
         there = min(1.0, record.scored / len(lengths))
         keep = max(0.0, 1.0 - there * len(lengths) / MEMORY)
         accepted = record.counts.accepted_at
@@ -51,8 +54,9 @@ class AcceptanceByDepth:
                 self._tries[depth] += tries
 
     def tokens_per_step(self, length: int) -> float:
-        """E(L) = 1 + sum over depths of the share of drafts accepted there; unmeasured depths continue geometrically."""
-        return 1.0 + sum(self._shares(length))
+        """E(L) = 1 + sum over depths of the share of drafts accepted there, for the mix of texts that L leads to (see
+        `control.text_mix`); unmeasured depths continue geometrically."""
+        return (1.0 + sum(self._shares(length))) * self.texts.factor(length)
 
     def read_again(self, length: int) -> float:
         """Tokens that a step of one sequence reads again, if the target's state cannot be cut: see `theory.recurrent`."""

@@ -26,10 +26,11 @@ from outrider.errors import ConfigError
 from outrider.records import StepRecord
 from outrider.types import SequenceView
 
-AGREE, AGREE_PLAIN = 0.7, 0.5
-"""Share of the pairs that must agree with a change of length, and with a change to plain decoding, besides the median. Between
-drafts of two lengths a pair agrees that shows any gain: with 4% noise on each half, of a gain of 5% two pairs in three show a
-margin of 3%, and four in five show a gain. To begin to draft they must show the margin."""
+AGREE, AGREE_CLOSE, AGREE_PLAIN = 0.7, 0.6, 0.5
+"""Share of the pairs that must agree, besides the median, with a beginning of drafts (each of these shows the margin), with another
+draft length and with plain decoding (each shows any gain: with 5% noise on each half of a pair, of a gain of 2% six in ten do)."""
+CLOSE = 1.0 / 3.0
+"""Share of the margin that one draft length must show over another: of two that are close neither is a loss."""
 EARLY_STOP_PAIRS, EARLY_STOP_MARGIN = 6, 0.1
 """A trial ends early after this many pairs if each shows that its length gains or loses at least this share."""
 SKIP_TRIAL_BELOW = 0.9
@@ -123,6 +124,7 @@ class Adaptive:
         pairs = zip(out, sequences, strict=True)
         self._ready = [_at_most(x, v) for x, v in pairs if len(v.tokens) - v.cached == 1]
         self._forecast.reading.notice(sequences, length > 0)
+        self._accepted.texts.notice(sequences)
         return out
 
     def observe(self, record: StepRecord) -> None:
@@ -308,7 +310,7 @@ class Adaptive:
 
     def _needed(self, load: LengthSearch) -> float:
         """The gain that the trial's length must show; for plain decoding any gain is enough."""
-        return 1.0 if load.trial == 0 else 1.0 + self.margin
+        return 1.0 if load.trial == 0 else 1.0 + self.margin * (CLOSE if load.length else 1.0)
 
     def _agreed(self, load: LengthSearch) -> bool:
         """Whether a trial can end early: every pair so far clearly shows the same result."""
@@ -322,7 +324,8 @@ class Adaptive:
         gains, needed = self._gains(load), self._needed(load)
         bar = 1.0 if load.length else needed
         gain, agree = median(gains), sum(g > bar for g in gains) / len(gains)
-        moved = gain > needed and agree >= (AGREE_PLAIN if load.trial == 0 else AGREE)
+        least = AGREE_PLAIN if load.trial == 0 else AGREE_CLOSE if load.length else AGREE
+        moved = gain > needed and agree >= least
         ratio = self.tokens_per_step(load.trial) / self.tokens_per_step(load.length) / gain
         load.close(ratio, moved, abs(gain / needed - 1.0) > EARLY_STOP_MARGIN)
 

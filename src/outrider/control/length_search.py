@@ -9,7 +9,7 @@ from statistics import median
 
 PAIRS, MAX_TRIAL_STEPS = 16, 128
 """Paired step times of a trial of two lengths, and the number of steps after which it is abandoned."""
-SETTLE, FIRST_PAUSE, CLOSE_PAUSE, LAST_PAUSE = 8, 64, 256, 2048
+SETTLE, FIRST_PAUSE, CLOSE_PAUSE, LAST_PAUSE = 8, 64, 192, 2048
 """Steps before a trial: the first while a neighbouring length is unknown; otherwise the second, doubled while nothing changes, up
 to the third after a close trial, which costs almost nothing and may have been wrong, and up to the last after a clear one. So
 trials cost less than half a per cent in the long run."""

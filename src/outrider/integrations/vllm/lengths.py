@@ -19,11 +19,11 @@ from outrider.control import Adaptive
 from outrider.control.row_times import load_class
 from outrider.integrations.vllm.settings import Settings
 from outrider.params import SamplingParams
-from outrider.records import Counts, StepRecord
+from outrider.records import Counts, SequenceStep, StepRecord
 from outrider.types import SequenceView
 
-CLEAN = 3
-"""Clean steps that make a measurement of a length that stays."""
+CLEAN, NAMES = 3, 4096
+"""Clean steps that make a measurement of a length that stays, and requests that are told apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class SeenStep:
 
     sequences: sequences that decoded. verified, drafted: draft length that this step's drafts were made with, and that it asked of
     the drafter. prompts: whether it read prompts. seconds: since the end of the step before; None if the engine was idle in
-    between. accepted: accepted draft tokens of each sequence.
+    between. accepted: accepted draft tokens of each sequence. names: of the sequences, in the same order; none: not known.
     """
 
     sequences: int
@@ -41,6 +41,7 @@ class SeenStep:
     prompts: bool
     seconds: float | None
     accepted: Sequence[int]
+    names: Sequence[str] = ()
 
 
 @runtime_checkable
@@ -84,6 +85,7 @@ class LiveLengths:
         self._clean: list[SeenStep] = []
         self._measured: StepRecord | None = None
         self._views: dict[int, tuple[SequenceView, ...]] = {}
+        self._slots: dict[str, int] = {}
 
     def next(self, sequences: int) -> int:
         """The length of the present measurement; a new one begins when the load's class changes."""
@@ -120,12 +122,21 @@ class LiveLengths:
         hits = [sum(n > d for s in steps for n in s.accepted) for d in range(self._length)]
         # shares of the sequences, so that steps of 5 and of 6 of them count alike; the controller only adds them up
         counts.accepted_at = cast(list[int], [self._load * n / total for n in hits])
-        return _record_of(self._load, sum(s.seconds or 0.0 for s in steps) / len(steps), counts)
+        each = tuple(self._one(name, n) for s in steps for name, n in zip(s.names, s.accepted, strict=False))
+        return _record_of(self._load, sum(s.seconds or 0.0 for s in steps) / len(steps), counts, each)
+
+    def _one(self, name: str, accepted: int) -> SequenceStep:
+        if len(self._slots) > NAMES:
+            self._slots.clear()  # texts of before count as ended
+        # below 0: the views that the controller is shown have slots from 0 on, and say nothing of texts
+        slot = self._slots.setdefault(name, -1 - len(self._slots))
+        return SequenceStep(slot, self._length, accepted + (accepted < self._length), accepted)
 
 
-def _record_of(scored: int, seconds: float, counts: Counts) -> StepRecord:
+def _record_of(scored: int, seconds: float, counts: Counts, each: tuple[SequenceStep, ...] = ()) -> StepRecord:
     """rows = 0: times of passes by rows are not learnt, since these contain the drafting too."""
-    return StepRecord(0, scored, scored, 0, {"target": seconds, "rule": 0.0, "draft": 0.0, "host": 0.0}, counts)
+    phases = {"target": seconds, "rule": 0.0, "draft": 0.0, "host": 0.0}
+    return StepRecord(0, scored, scored, 0, phases, counts, each=each)
 
 
 def _view(slot: int) -> SequenceView:

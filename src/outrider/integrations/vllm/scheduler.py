@@ -103,7 +103,7 @@ class LiveScheduling:
 
     def _look(self, out: Any, result: Any, now: float) -> None:
         drafts, sampled = out.scheduled_spec_decode_tokens, result.sampled_token_ids
-        accepted: list[int] = []
+        accepted, decoded = list[int](), list[str]()
         for name, rows in out.num_scheduled_tokens.items():
             at = result.req_id_to_index.get(name)
             tokens = [] if at is None or not sampled else sampled[at]
@@ -112,6 +112,7 @@ class LiveScheduling:
             drafted = len(drafts.get(name, ()))
             if rows == 1 + drafted:
                 accepted.append(len(tokens) - 1)
+                decoded.append(name)
                 self.limit_of(name).saw(drafted, len(tokens) - 1)
         (then, names), here = self._last, frozenset(out.num_scheduled_tokens)
         self._last = now, here
@@ -122,7 +123,8 @@ class LiveScheduling:
             return
         prompts = len(accepted) < len(here)
         busy = now - then if names & here else None
-        self.lengths.saw(SeenStep(len(accepted), verified, out.num_spec_tokens_to_schedule, prompts, busy, accepted))
+        asked = out.num_spec_tokens_to_schedule
+        self.lengths.saw(SeenStep(len(accepted), verified, asked, prompts, busy, accepted, decoded))
 
     def note(self) -> dict[str, Any]:
         """The controller's estimates, for the page of the server: plain numbers."""
