@@ -286,7 +286,7 @@ class NativeLayers:
             t.shape == (rows, self.shape.hidden) and t.dtype is torch.float32 and t.is_contiguous() for t in own
         )
         if taps:
-            shape = (len(taps[0]), f.width)
+            shape = (taps[0].shape[0], f.width)
             fit = (
                 fit
                 and len(taps) == f.taps

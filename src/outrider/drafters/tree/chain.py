@@ -177,7 +177,9 @@ def _plant(
                 number += drawn
             sound = sound and abs(made.total[at] - 1.0) <= TOLERANCE
             at += 1
-    first = forest.add_distributions(probs[:number], sound) if number else 0
+    first = 0
+    if number:
+        first = forest.add_distributions(probs if number == probs.shape[0] else probs[:number], sound)
     for i, chain, own in zip(live, chains, rows, strict=True):
         forest.add_chain(i, chain, [row if row == POINT_MASS else first + row for row in own])
     return chains, read

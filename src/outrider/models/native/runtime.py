@@ -170,14 +170,16 @@ class NativeDecoder:
             raise ValueError(f"rows need one position each and layers in 0..{self._config.layers}")
         logits = torch.empty(m, self._config.vocab_size, dtype=torch.float32)
         hidden = tuple(torch.empty(n, self._config.hidden, dtype=self.weights.dtype) for _ in layers)
-        outs = array("Q", [h.data_ptr() for h in hidden])
-        segments = array("q", _flat(rows))
-        mass = self._mass(rows, kv)
-        call, _keep = self._pack(
-            kv, (n, m, len(rows.segments)), (token.data_ptr(), position.data_ptr(), scored.data_ptr()), segments,
-            logits.data_ptr(), array("q", layers), outs, mass,
-        )  # fmt: skip
-        status = self._forward(self._handle, call)
+        flat, mass = _flat(rows), self._mass(rows, kv)
+        numbers, taps = array("q", [*flat, *layers, *(h.data_ptr() for h in hidden)]), len(layers)
+        at = numbers.buffer_info()[0]
+        tap = at + 8 * len(flat)
+        status = self._forward(self._handle, _CALL.pack(
+            n, m, len(rows.segments), taps, torch.get_num_threads(), kv.slots, kv.capacity, kv.page, kv.pages.count,
+            token.data_ptr(), position.data_ptr(), scored.data_ptr(), at, kv.pages.table.buffer_info()[0], tap, tap + 8 * taps,
+            kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(), self._touched.buffer_info()[0],
+            0 if mass is None else mass.data_ptr(), 0 if mass is None else mass.shape[-1],
+        ))  # fmt: skip
         if status != OK:
             self._fail(status)
         if mass is not None and kv.attended is not None:
@@ -185,27 +187,6 @@ class NativeDecoder:
                 if not s.view:
                     kv.attended[s.slot] = seen[: -(-(s.cached + s.count) // kv.chunk)]
         return Scores(logits, hidden)
-
-    def _pack(
-        self,
-        kv: PagedKV,
-        sizes: tuple[int, ...],
-        rows: tuple[int, int, int],
-        segments: array,
-        logits: int,
-        taps: array | None = None,
-        outs: array | None = None,
-        mass: Tensor | None = None,
-    ) -> tuple[bytes, tuple[object, ...]]:
-        """A call, and what it points to. sizes: rows, scored ones, segments. rows: addresses of tokens, positions, scored rows."""
-        taps, outs = array("q") if taps is None else taps, array("Q") if outs is None else outs
-        at = lambda a: a.buffer_info()[0]  # noqa: E731
-        call = _CALL.pack(
-            *sizes, len(taps), torch.get_num_threads(), kv.slots, kv.capacity, kv.page, kv.pages.count,
-            *rows, at(segments), at(kv.pages.table), at(taps), at(outs), kv.k.data_ptr(), kv.v.data_ptr(), logits,
-            at(self._touched), 0 if mass is None else mass.data_ptr(), 0 if mass is None else mass.shape[-1],
-        )  # fmt: skip
-        return call, (segments, taps, outs, mass)
 
     def ahead(
         self, kv: PagedKV, slots: Sequence[int], more: Sequence[int], done: Callable[[list[list[int]]], None]
