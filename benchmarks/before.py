@@ -2,6 +2,7 @@
 
     git worktree add ../before COMMIT
     python benchmarks/before.py ../before    # the shipped pair: plain, chain, tree; 1 and 8 prompts together
+    python benchmarks/before.py ../before --only "EAGLE, 4" --temperature 0 1 --batch 1
 
 A round gives both the same prompts and seeds, in random order; ratios of tokens per second are formed within a round, and their
 median is one start's. Both are started anew `--starts` times: processes of one and the same checkout differ by more than rounds do
@@ -15,6 +16,7 @@ import argparse
 import os
 import random
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -28,18 +30,21 @@ from outrider.assets import shipped, shipped_prompts
 OUT = Path("runs/before")
 USERS = {"OMP_NUM_THREADS": "", "OMP_PROC_BIND": "", "OMP_PLACES": ""}
 """A user sets none of these."""
-DRAFTS = {"plain": "none", "chain of 3": str(shipped("draft")), "tree 2x2x1": f"tree:2x2x1:{shipped('draft')}"}
+DRAFTS = {"plain": ("none", 0), "chain of 3": (str(shipped("draft")), 3), "tree 2x2x1": (f"tree:2x2x1:{shipped('draft')}", 3),
+          "chain of 5": (str(shipped("draft")), 5), "EAGLE, 4": (str(shipped("eagle")), 4)}  # fmt: skip
+USUAL = ("plain", "chain of 3", "tree 2x2x1")
 WARM = 16
 
 
-def start(name: str, root: Path, draft: str, batch: int) -> pool.Running:
+def start(name: str, root: Path, kind: str, batch: int) -> pool.Running:
     """A process of a checkout with one engine, told nothing that a user would not say."""
+    draft, length = DRAFTS[kind]
     worker = Worker(
         name,
         "worker_ours.py",
         Path(sys.executable),
         "torch",
-        {"lengths": [0, 3]},
+        {"lengths": [0, length]},
         {"PYTHONPATH": str(root / "src"), **USERS},
     )
     load = {"target": str(shipped("target")), "draft": draft, "dtype": "bfloat16", "capacity": batch, "length": 1024}
@@ -54,28 +59,40 @@ def tokens_of(texts: list[str]) -> list[list[int]]:
     return [tokenizer.encode(text).ids for text in texts]
 
 
-def measure(before: Path, kind: str, batch: int, rounds: int, tokens: int, starts: int) -> list[str]:
+def measure(
+    before: Path, kind: str, temperature: float, batch: int, rounds: int, tokens: int, starts: int
+) -> list[str]:
     """One row: median speeds of both checkouts and their ratio."""
     order = random.Random(f"{kind} {batch}")
-    found = [once(before, kind, batch, rounds, tokens, order) for _ in range(starts)]
+    found = [once(before, kind, temperature, batch, rounds, tokens, order) for _ in range(starts)]
     speed = {name: median(x for one in found for x in one[name]) for name in ("before", "now")}
     ratios = [got.value for one in found if (got := ratio({"now": one["now"]}, {"before": one["before"]})) is not None]
     spread = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-    return [kind, str(batch), f"{speed['before']:.0f}", f"{speed['now']:.0f}", spread, f"{starts} x {rounds}"]
+    return [
+        kind,
+        f"{temperature:g}",
+        str(batch),
+        f"{speed['before']:.0f}",
+        f"{speed['now']:.0f}",
+        spread,
+        f"{starts} x {rounds}",
+    ]
 
 
-def once(before: Path, kind: str, batch: int, rounds: int, tokens: int, order: random.Random) -> Speeds:
+def once(
+    before: Path, kind: str, temperature: float, batch: int, rounds: int, tokens: int, order: random.Random
+) -> Speeds:
     """Speeds by round of both checkouts, started anew."""
     checkouts = [("now", ROOT), ("before", before)]
     # of two processes of one checkout the one that started first was the slower one in most starts
     order.shuffle(checkouts)
-    running = {name: start(f"{name}-{kind}-{batch}", root, DRAFTS[kind], batch) for name, root in checkouts}
+    running = {name: start(f"{name}-{kind}-{batch}", root, kind, batch) for name, root in checkouts}
     prompts = tokens_of(shipped_prompts())
     command_of = lambda turn: {  # noqa: E731
         "prompts": [prompts[(turn * batch + i) % len(prompts)] for i in range(batch)],
-        "temperature": 1.0,
+        "temperature": temperature,
         "seed": order.randrange(2**31),
-        "setting": {"length": 0 if kind == "plain" else 3},
+        "setting": {"length": DRAFTS[kind][1]},
         "tokens": tokens,
     }
     samples = pool.in_turn(running, rounds, order, command_of, {"tokens": WARM})
@@ -90,13 +107,21 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=3, help="processes of each checkout, one after the other")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of a sample")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts decoded together")
+    parser.add_argument("--only", nargs="+", default=USUAL, choices=DRAFTS, metavar="NAME", help=", ".join(DRAFTS))
+    parser.add_argument("--temperature", type=float, nargs="+", default=[1.0])
     options = parser.parse_args()
     rows = []
     for batch in options.batch:
-        for kind in DRAFTS:
-            rows.append(measure(options.before.resolve(), kind, batch, options.rounds, options.tokens, options.starts))
+        for kind, temperature in product(options.only, options.temperature):
+            sizes = batch, options.rounds, options.tokens, options.starts
+            rows.append(measure(options.before.resolve(), kind, temperature, *sizes))
             say("  ".join(rows[-1]))
-    print(table(["draft", "prompts together", "tokens/s before", "now", "now / before (starts)", "rounds"], rows))
+    print(
+        table(
+            ["draft", "temperature", "prompts together", "tokens/s before", "now", "now / before (starts)", "rounds"],
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

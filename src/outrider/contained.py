@@ -164,8 +164,9 @@ def defect_of(draft: Draft, sequences: int, depth: Sequence[int]) -> str:
         return problem
     if len(draft.counts) != sequences:
         return f"trees for {len(draft.counts)} sequences instead of {sequences}"
-    if draft.q is not None and not all(POINT_MASS <= row < len(draft.q.probs) for row in draft.q.row):
-        return f"row numbers outside its {len(draft.q.probs)} distributions"
+    count = 0 if draft.q is None else draft.q.probs.shape[0]
+    if draft.q is not None and not all(POINT_MASS <= row < count for row in draft.q.row):
+        return f"row numbers outside its {count} distributions"
     level: list[int] = []
     for b in range(sequences):
         for k in draft.nodes(b):

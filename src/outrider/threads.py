@@ -12,8 +12,6 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 _NUMBER = "OMP_NUM_THREADS"
@@ -82,22 +80,26 @@ FEW = 1 << 18
 machine may begin only milliseconds later, while its part of the work waits."""
 
 
-@contextmanager
-def serially(numbers: int) -> Iterator[None]:
+class serially:
     """Inside, this thread works alone if `numbers`, the size of the data, is at most FEW. Other threads are not affected.
 
     It depends only on the size, so that results have the same bits on a busy machine and on an idle one.
     """
-    openmp = _openmp() if numbers <= FEW else None
-    threads = 1 if openmp is None else openmp.omp_get_max_threads()
-    if openmp is None or threads == 1:
-        yield
-        return
-    openmp.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        openmp.omp_set_num_threads(threads)
+
+    __slots__ = ("_openmp", "_threads")
+
+    def __init__(self, numbers: int) -> None:
+        self._openmp, self._threads = _openmp() if numbers <= FEW else None, 1
+
+    def __enter__(self) -> None:
+        if self._openmp is not None:
+            self._threads = self._openmp.omp_get_max_threads()
+            if self._threads > 1:
+                self._openmp.omp_set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        if self._openmp is not None and self._threads > 1:
+            self._openmp.omp_set_num_threads(self._threads)
 
 
 @functools.cache

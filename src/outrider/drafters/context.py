@@ -117,7 +117,7 @@ class Backlog:
             return [], []
         hidden = [evidence.scores.hidden[n] for n in order]
         self.release([slot for slot, found in new.items() if found.gap])
-        due, behind, end = list[NewRows](), list[_Held](), len(hidden[0])
+        due, behind, end = list[NewRows](), list[_Held](), hidden[0].shape[0]
         for view in evidence.sequences:
             found, held = new.get(view.slot), self._held.get(view.slot)
             waiting = (len(found.rows) if found else 0) + self.count(view.slot)

@@ -51,6 +51,8 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Give free slots to waiting sequences, oldest first."""
         admitted: list[Sequence] = []
+        if not self.waiting:
+            return admitted
         admits = self._admission(self.running)
         while self.waiting and self._free and admits(self.waiting[0]):
             sequence = self.waiting.popleft()

@@ -167,17 +167,13 @@ class LeanTarget:
         return run_parts(rows, groups)
 
     def ahead(
-        self,
-        kv: KVCache,
-        levels: Sequence[Sequence[int]],
-        token: Sequence[int],
-        logits: Float[Tensor, "r V"],
-        done: Callable[[list[list[int]]], None],
+        self, kv: KVCache, slots: Sequence[int], more: Sequence[int], done: Callable[[list[list[int]]], None]
     ) -> Ahead | None:
-        """Forwards that append one token to each of some slots, level by level, see `NativeDecoder.ahead`; None without it."""
+        """Forwards that append more[i] tokens to the i-th of some slots, level by level, see `NativeDecoder.ahead`; None without
+        it."""
         if self.native is None or self.row_work is not None or not isinstance(kv, PagedKV):
             return None
-        return self.native.ahead(kv, levels, token, logits, done)
+        return self.native.ahead(kv, slots, more, done)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
         return self._embedding(token).to(self.dtype)

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A forward that feeds a level and gives the logits of the next. call: the argument of its function, packed.
-
-    above, feature: addresses of the features of the level before and of where it reads its own; 0: it reads none.
-    """
-
-    call: bytes
-    above: int = 0
-    feature: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Ahead:
-    """The forwards of all levels but the first.
+    """The forwards of all levels of chains but the first.
 
-    forward: address of the compiled function. handle: its first argument. keep: what must live until it has run. fail: raises what
-    a status other than 0 means. done: is told, for each sequence of the first step, the tokens that were fed. hidden: numbers of a
-    feature.
+    forward: address of the compiled function that feeds a level (`Feed` of models/native/feed.h). handle: its first argument.
+    chains: what it reads of all levels, packed. keep: what must live until they have run. fail: raises what a status other than 0
+    means. done: is told, for each sequence, the tokens that were fed. states: addresses of the anchors' features, None for none;
+    hidden: numbers of one.
     """
 
     forward: int
     handle: int
-    steps: Sequence[Step]
+    chains: array
     keep: object
     fail: Callable[[int], None]
     done: Callable[[list[list[int]]], None]
+    states: array | None = None
     hidden: int = 0
 
 

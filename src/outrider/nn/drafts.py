@@ -11,7 +11,7 @@ import ctypes
 import struct
 import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from outrider.errors import CapacityError
-from outrider.nn.ahead import Ahead, Step, address_of
+from outrider.nn.ahead import Ahead, address_of
 from outrider.nn.held import OK, Held, fail
 from outrider.nn.row_cache import RowCache
 
@@ -72,6 +72,10 @@ class _Model(ctypes.Structure):
 
 _CALL = struct.Struct("6q8Q" + "Qq2Qq2Q")
 """`DraftCall` of drafts.h: rows, scored, segments, threads, slots, capacity; eight pointers; then its `FeatureRows`."""
+
+
+_CHAINS = struct.Struct(_CALL.format + "3Q")
+"""`DraftChains` of feed.h: the call; slots, cached, positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +175,7 @@ class NativeLayers:
         self._held = held = Held(library, self.dtype)
         self._sparse, self._features = support is not None, features
         self._forward = library.outrider_draft_forward
-        self._address = address_of(self._forward)
+        self._feed = address_of(library.outrider_draft_feed)
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_draft_new.argtypes, library.outrider_draft_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
         library.outrider_draft_free.argtypes, library.outrider_draft_free.restype = (ctypes.c_void_p,), None
@@ -214,72 +218,52 @@ class NativeLayers:
             self._check_cache(cache)
         n, m, s = len(rows.token), len(rows.scored), self.shape
         logits = torch.empty(m, s.vocab) if not self._sparse else torch.full((m, s.vocab), -torch.inf)
-        token, tap_row = array("q", rows.token), array("q", tap_rows)
         held = [(t if t.dtype in (torch.float32, torch.bfloat16) else t.float()).contiguous() for t in taps]
         self._check(n, held, tap_rows, feature, out)
-        places = array("Q", [t.data_ptr() for t in held])
-        read = (_at(places), _at(tap_row), held[0].dtype is torch.bfloat16) if held else (0, _at(tap_row), False)
-        call, _keep = self._pack(
-            rows, cache, _at(token), logits.data_ptr(), read,
+        flat, skips, first = [*rows.token, *rows.position, *rows.scored, *tap_rows], list[int](), 0
+        segments = len(flat)
+        for slot, cached, fed, parents, skipped in rows.segments:
+            flat += (slot, first, cached, fed, len(parents), 0)
+            flat += parents
+            skips.append(skipped)
+            first += fed + len(parents) - skipped
+        numbers, places = array("q", flat + skips), array("Q", [t.data_ptr() for t in held])
+        at = _at(numbers)
+        status = self._forward(self._handle, _CALL.pack(
+            n, m, len(skips), torch.get_num_threads(), cache.slots, cache.capacity,
+            at, at + 8 * n, at + 16 * n, at + 8 * segments, _at(self._table), cache.k.data_ptr(), cache.v.data_ptr(),
+            logits.data_ptr(), at + 8 * len(flat), rows.mutual, _at(places) if held else 0, at + 8 * (2 * n + m),
+            held != [] and held[0].dtype is torch.bfloat16,
             0 if feature is None else feature.data_ptr(), 0 if out is None else out.data_ptr(),
-        )  # fmt: skip
-        status = self._forward(self._handle, call)
+        ))  # fmt: skip
         if status != OK:
             fail(status, s.vocab)
         return logits
 
-    def _pack(
-        self, rows: Rows, cache: RowCache, token: int, logits: int, taps: tuple[int, int, bool], feature: int, out: int
-    ) -> tuple[bytes, tuple[array, ...]]:
-        """A call on buffers at these addresses, and what else it points to. taps: hidden states, rows of them, whether bfloat16."""
-        position, scored = array("q", rows.position), array("q", rows.scored)
-        flat: list[int] = []
-        first = 0
-        for slot, cached, fed, parents, skipped in rows.segments:
-            flat += (slot, first, cached, fed, len(parents), 0)
-            flat += parents
-            first += fed + len(parents) - skipped
-        segments, skips = array("q", flat), array("q", [r[4] for r in rows.segments])
-        call = _CALL.pack(
-            len(rows.token), len(rows.scored), len(rows.segments), torch.get_num_threads(), cache.slots, cache.capacity,
-            token, _at(position), _at(scored), _at(segments), _at(self._table), cache.k.data_ptr(), cache.v.data_ptr(),
-            logits, _at(skips), rows.mutual, *taps, feature, out,
-        )  # fmt: skip
-        return call, (position, scored, segments, skips)
-
     def ahead(
         self,
-        levels: Sequence[Rows],
         cache: RowCache,
-        token: Sequence[int],
+        slots: Sequence[int],
+        position: Sequence[int],
+        states: Sequence[Float[Tensor, "D"]],
         logits: Float[Tensor, "r V"],
-        state: Float[Tensor, "n D"],
-        done: Callable[[list[list[int]]], None],
     ) -> Ahead:
-        """Forwards of levels that read features, each behind the one before. token: addresses that their tokens will be read at;
-        logits: of all of them, one behind the other. state: the features that the first of them takes its rows' from.
-
-        A row's number among those of the level before is told to the call that runs them.
-        """
+        """Forwards of levels of chains behind what some slots hold, each behind the one before. position: of the first nodes.
+        states: what these read, float32. logits: of all of them; what the forwards leave out is filled in."""
         if self._checked is None or self._checked() is not cache:
             self._check_cache(cache)
         if self._sparse:
             logits.fill_(-torch.inf)
-        width, vocab = self.shape.hidden, self.shape.vocab
-        count = sum(len(rows.token) for rows in levels)
-        features, states = torch.empty(count, width), torch.empty(count, width)
-        steps: list[Step] = []
-        keep: list[object] = [state, features, states]
-        above, first = state.data_ptr(), 0
-        for rows, place in zip(levels, token, strict=True):
-            feature, out = features.data_ptr() + 4 * width * first, states.data_ptr() + 4 * width * first
-            call, kept = self._pack(
-                rows, cache, place, logits.data_ptr() + 4 * vocab * first, (0, 0, False), feature, out
-            )
-            keep += kept
-            steps.append(Step(call, above, feature))
-            above, first = out, first + len(rows.token)
-        return Ahead(self._address, self._handle, steps, keep, lambda status: fail(status, vocab), done, width)
+        width, vocab, n = self.shape.hidden, self.shape.vocab, 8 * len(slots)
+        where = array("q", [*slots, *(cache.length[slot] for slot in slots), *position])
+        at = _at(where)
+        chains = array("B", _CHAINS.pack(
+            0, 0, 0, torch.get_num_threads(), cache.slots, cache.capacity, 0, 0, 0, 0, _at(self._table),
+            cache.k.data_ptr(), cache.v.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, at, at + n, at + 2 * n,
+        ))  # fmt: skip
+        places = array("Q", [state.data_ptr() for state in states])
+        failed = lambda status: fail(status, vocab)  # noqa: E731
+        return Ahead(self._feed, self._handle, chains, (where, states), failed, lambda fed: None, places, width)
 
     def _check_cache(self, cache: RowCache) -> None:
         """A cache is checked once: its shape and type do not change."""
@@ -302,7 +286,7 @@ class NativeLayers:
             t.shape == (rows, self.shape.hidden) and t.dtype is torch.float32 and t.is_contiguous() for t in own
         )
         if taps:
-            shape = (len(taps[0]), f.width)
+            shape = (taps[0].shape[0], f.width)
             fit = (
                 fit
                 and len(taps) == f.taps

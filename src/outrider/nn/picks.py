@@ -58,8 +58,9 @@ def peaks(x: Float[Tensor, "n V"]) -> list[float] | None:
     library = _library(x) if x.dtype is torch.float32 else None
     if library is None:
         return None
-    out = array("d", bytes(8 * len(x)))
-    library.outrider_peaks(x.data_ptr(), len(x), x.shape[1], out.buffer_info()[0])
+    count, size = x.shape
+    out = array("d", bytes(8 * count))
+    library.outrider_peaks(x.data_ptr(), count, size, out.buffer_info()[0])
     return out.tolist()
 
 
@@ -70,7 +71,8 @@ def distributions(x: Float[Tensor, "n V"], temperature: Sequence[float]) -> Floa
     if library is None:
         return None
     out, each = torch.empty_like(x), array("f", temperature)
-    library.outrider_distributions(x.data_ptr(), len(x), x.shape[1], each.buffer_info()[0], out.data_ptr())
+    count, size = x.shape
+    library.outrider_distributions(x.data_ptr(), count, size, each.buffer_info()[0], out.data_ptr())
     return out
 
 

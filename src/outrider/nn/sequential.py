@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider.errors import CapacityError
-from outrider.nn.ahead import Ahead, Step, address_of
+from outrider.nn.ahead import Ahead, address_of
 from outrider.nn.drafts import FeaturePointers, Join
 from outrider.nn.held import OK, Held, fail
 
@@ -65,7 +65,7 @@ class NativeSequence:
         (self.width, read), self.vocab, self.taps = fuse.shape, len(table), taps
         self.read = read // taps
         self._forward = library.outrider_sequence_forward
-        self._address = address_of(self._forward)
+        self._feed = address_of(library.outrider_sequence_feed)
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_sequence_new.argtypes, library.outrider_sequence_new.restype = (
             (ctypes.c_void_p,),
@@ -116,20 +116,13 @@ class NativeSequence:
             fail(status, self.vocab)
         return out, logits
 
-    def ahead(
-        self, rows: Sequence[int], token: Sequence[int], logits: Float[Tensor, "r V"], state: Float[Tensor, "n D"]
-    ) -> Ahead:
-        """Forwards of levels of so many rows, each behind the one before; see `nn.drafts.NativeLayers.ahead`."""
-        features, states = torch.empty(sum(rows), self.width), torch.empty(sum(rows), self.width)
-        steps = list[Step]()
-        above, first = state.data_ptr(), 0
-        for n, place in zip(rows, token, strict=True):
-            feature, out = features.data_ptr() + 4 * self.width * first, states.data_ptr() + 4 * self.width * first
-            call = self._pack(n, place, logits.data_ptr() + 4 * self.vocab * first, out, feature, (0, 0, False))
-            steps.append(Step(call, above, feature))
-            above, first = out, first + n
-        keep, failed = (state, features, states), lambda status: fail(status, self.vocab)
-        return Ahead(self._address, self._handle, steps, keep, failed, lambda fed: None, self.width)
+    def ahead(self, state: Float[Tensor, "n D"]) -> Ahead:
+        """Forwards of levels of chains, each behind the one before. state: of the anchors, float32, row by row."""
+        threads = array("q", [torch.get_num_threads()])  # `HeadChains` of feed.h
+        first, line = state.data_ptr(), 4 * self.width
+        states = array("Q", range(first, first + line * len(state), line))
+        failed = lambda status: fail(status, self.vocab)  # noqa: E731
+        return Ahead(self._feed, self._handle, threads, state, failed, lambda fed: None, states, self.width)
 
     @staticmethod
     def _pack(n: int, token: int, logits: int, out: int, feature: int, taps: tuple[int, int, bool]) -> bytes:

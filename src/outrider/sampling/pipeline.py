@@ -69,10 +69,11 @@ class LogitsPipeline:
     ) -> Float[Tensor, "M V"]:
         params = [s.params for s in sequences]
         x = logits if logits.dtype == torch.float64 else logits.float()
-        if any(p.edits for p in params):
+        requests = {id(p): p for p in params}.values()  # a request has a row for each node of its draft
+        if any(p.edits for p in requests):
             x = self._edit(x.clone(), params, sequences, paths)
         on_cpu = transfer.on_host(x)
-        if on_cpu and not any(p.filters for p in params):
+        if on_cpu and not any(p.filters for p in requests):
             return cpu.without_filters(x, [p.temperature for p in params]) if params else x
         distribution_of = cpu.distribution_of if on_cpu else processors.distribution_of
         warm = [i for i, p in enumerate(params) if not p.greedy]

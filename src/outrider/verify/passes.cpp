@@ -341,6 +341,6 @@ EXPORT void outrider_distributions(const float* x, int64_t count, int64_t size, 
 }
 
 // A status of `forward`; 0: all levels are there, or as many as their chains wanted.
-EXPORT int outrider_chain(const chain::Chains* chains) { return chain::grow(*chains); }
+EXPORT int outrider_chain(const chain::Chains* chains) { return chain::Growth(*chains).run(); }
 
 #include "picks.h"

@@ -231,20 +231,13 @@ class Follower:
     def levels(self) -> Float[Tensor, "levels n V"] | None:
         """Every level takes a forward."""
 
-    def ahead(self, rows: list[list[int]], token: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
+    def ahead(self, live: list[int], depth: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
         """See `tree.chain.Foreseeing`."""
         as_it_is = type(self._model).feed is EagleNetwork.feed  # compiled code hands a state down unchanged
         if not isinstance(self._run, NativeForward) or not as_it_is:
             return None
-        levels = []
-        for depth, own in enumerate(rows, 1):
-            level = Rows(scored=range(len(own)))
-            for i in own:
-                slot = self._slots[i]
-                level.add(slot, self._cache.length[slot], [0], [self._starts[i] + depth - 1], range(-1, depth - 1))
-            levels.append(level)
-        live = [place.nodes[-1][0] for place in self._places if -1 in place.nodes]
-        return self._run.ahead(levels, self._cache, token, logits, torch.stack(live))
+        slots, starts = [self._slots[i] for i in live], [self._starts[i] for i in live]
+        return self._run.ahead(self._cache, slots, starts, [self._places[i].nodes[-1][0] for i in live], logits)
 
 
 def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None) -> Drafter:

@@ -82,14 +82,14 @@ class NativeForward:
 
     def ahead(
         self,
-        levels: Sequence[Rows],
         cache: RowCache,
-        token: Sequence[int],
+        slots: Sequence[int],
+        position: Sequence[int],
+        states: Sequence[Float[Tensor, "D"]],
         logits: Float[Tensor, "r V"],
-        state: Float[Tensor, "n D"],
     ) -> Ahead:
         """Forwards of a chain's levels, see `nn.drafts.NativeLayers.ahead`. Their rows are the draft's: nothing is kept."""
-        return self._layers.ahead(levels, cache, token, logits, state, lambda fed: None)
+        return self._layers.ahead(cache, slots, position, states, logits)
 
 
 class TorchForward:

@@ -61,8 +61,6 @@ class Follower:
     def levels(self) -> Float[Tensor, "levels n V"] | None:
         """Every level takes a forward."""
 
-    def ahead(self, rows: list[list[int]], token: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
+    def ahead(self, live: list[int], depth: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
         """See `tree.chain.Foreseeing`."""
-        if not isinstance(self._run, NativeForward):
-            return None
-        return self._run.ahead([len(own) for own in rows], token, logits, self._anchors)
+        return self._run.ahead(self._anchors) if isinstance(self._run, NativeForward) else None

@@ -61,11 +61,9 @@ class NativeForward:
     ) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n V"]]:
         return self._run.forward(token, taps=taps, state=state)
 
-    def ahead(
-        self, rows: Sequence[int], token: Sequence[int], logits: Float[Tensor, "r V"], state: Float[Tensor, "n D"]
-    ) -> Ahead:
+    def ahead(self, state: Float[Tensor, "n D"]) -> Ahead:
         """Forwards of a chain's levels, see `nn.sequential.NativeSequence.ahead`."""
-        return self._run.ahead(rows, token, logits, state)
+        return self._run.ahead(state)
 
 
 class TorchForward:

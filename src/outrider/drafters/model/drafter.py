@@ -151,9 +151,9 @@ class _Appending:
     def levels(self) -> Float[Tensor, "levels n V"] | None:
         """Every level takes a forward."""
 
-    def ahead(self, rows: list[list[int]], token: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
+    def ahead(self, live: list[int], depth: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
         """See `tree.chain.Foreseeing`."""
-        return self._cache.ahead([[self._slots[i] for i in own] for own in rows], token, logits)
+        return self._cache.ahead([self._slots[i] for i in live], [d - 1 for d in depth])
 
 
 class _Regrowing:

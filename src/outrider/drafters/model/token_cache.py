@@ -115,20 +115,17 @@ class TokenCache:
             self.held[slot] += piece
         return logits
 
-    def ahead(
-        self, levels: Sequence[Sequence[int]], token: Sequence[int], logits: Float[Tensor, "r V"]
-    ) -> Ahead | None:
-        """Forwards that append one token to each of some slots, level by level; None where the model has none.
+    def ahead(self, slots: Sequence[int], more: Sequence[int]) -> Ahead | None:
+        """Forwards that append more[i] tokens to the i-th of some slots, level by level; None where the model has none.
         `done` of the result keeps what was fed."""
         make = getattr(self.model, "ahead", None)
-        slots = list(levels[0]) if levels else []
 
         def done(fed: list[list[int]]) -> None:
-            for slot, piece in zip(slots, fed, strict=False):
+            for slot, piece in zip(slots, fed, strict=True):
                 self.held[slot] += piece
                 self.kv.length[slot] += len(piece)
 
-        return None if make is None else make(self.kv, levels, token, logits, done)
+        return None if make is None else make(self.kv, slots, more, done)
 
     def _rows(self, slots: Sequence[int], pieces: Sequence[Sequence[int]], scored: bool) -> Rows:
         """`Rows.assemble` for sequences without nodes. With one sequence, slices of `_ruler` save small tensors."""

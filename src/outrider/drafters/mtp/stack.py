@@ -190,5 +190,5 @@ class HeadFollower(Follower):
         self._given |= {pair: state[row] for pair, row in where.items()}
         return logits
 
-    def ahead(self, rows: list[list[int]], token: list[int], logits: Float[Tensor, "r V"]) -> None:
+    def ahead(self, live: list[int], depth: list[int], logits: Float[Tensor, "r V"]) -> None:
         """Heads differ by level: none is run ahead."""

@@ -12,7 +12,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -25,14 +25,22 @@ from outrider.nn.ahead import Ahead
 from outrider.noise import Noise
 from outrider.types import POINT_MASS, TOLERANCE, Evidence
 
-_LEVEL = struct.Struct("q11Q")
-"""`Level` of chain.h: rows; sequence, from; logits, at; token, total; call, fed, above, feature; gain."""
-_CHAINS = struct.Struct("3q9Q")
-"""`Chains` of chain.h: levels, vocab, hidden; forward, handle; seed, position, temperature; probs, level; stops, made."""
+_CHAINS = struct.Struct("3q16Q")
+"""`Chains` of chain.h: sequences, vocab, hidden; depth; first, further; forward, handle, chains, state; seed, position,
+temperature; probs, stops; token, total, gain, made."""
 _STOPS = struct.Struct("2d3Q")
 """`Stops` of chain.h: usual, least; base, odds, chance."""
 ENDED = -1.0
 """The gain of a row whose chain had ended above it."""
+
+
+class _Made(NamedTuple):
+    """Levels that were made, and by row the token, the sum of its distribution, and the gain where chains stop."""
+
+    levels: int
+    token: array
+    total: array
+    gain: array | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,34 +56,14 @@ class Stopping:
 class Foreseeing(Protocol):
     """A `NextLogits` whose forwards for chains are known ahead, or that needs none."""
 
-    def ahead(self, rows: list[list[int]], token: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
-        """rows[l]: sequences whose node of level l + 1 is fed by forward l. token: addresses of what it reads, in that order.
-        logits: what the forwards write, one behind the other. None: not here."""
+    def ahead(self, live: list[int], depth: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
+        """live: sequences that have a chain, of depth[j] levels the j-th. logits: what the forwards write, level by level, a row
+        for each node that is fed. None: not here."""
         ...
 
     def levels(self) -> Float[Tensor, "levels n V"] | None:
         """Logits of all levels, if they are there already."""
         ...
-
-
-class _Buffers:
-    """Numbers of all levels, one after the other: the rows of level l are at `first[l]` and behind it."""
-
-    def __init__(self, rows: list[list[int]], live: list[int]) -> None:
-        numbers = [{i: n for n, i in enumerate(own)} for own in (live, *rows)]
-        self.first = [0]
-        for own in rows:
-            self.first.append(self.first[-1] + len(own))
-        self.sequence = array("q", [numbers[0][i] for own in rows for i in own])
-        self.origin = array("q", [above[i] for above, own in zip(numbers, rows, strict=False) for i in own])
-        self.place = array("q", [n for own in rows for n in range(len(own))])
-        self.token, self.fed = array("q", bytes(8 * self.first[-1])), array("q", bytes(8 * self.first[-1]))
-        self.total, self.gain = (array("d", bytes(8 * self.first[-1])) for _ in range(2))
-        self.made = array("q", [0])
-
-    def at(self, column: array, level: int) -> int:
-        """The address of a level's numbers."""
-        return column.buffer_info()[0] + 8 * self.first[level]
 
 
 def grow(
@@ -90,9 +78,9 @@ def grow(
     """Add to `forest` a chain of depths[i] tokens for each sequence i; False, and nothing has happened, where it does not apply.
 
     drawn: whether sequences that sample draw; otherwise all take the most likely tokens. stopping: the chains may end earlier; a
-    sequence that has ended is fed along unseen until all have. It applies on the CPU with the compiled
-    passes, to requests whose distribution is a softmax of their logits (no filters, no edits), where `follow` is `Foreseeing`, and
-    to the noise of `Noise` itself.
+    sequence that has ended is fed along unseen until all have. It applies on the CPU with the compiled passes, to requests whose
+    distribution is a softmax of their logits (no filters, no edits), where `follow` is `Foreseeing`, and to the noise of `Noise`
+    itself.
     """
     live = [i for i, d in enumerate(depths) if d]
     params = [evidence.sequences[i].params for i in live]
@@ -101,99 +89,97 @@ def grow(
     library = picks.chain_library(logits) if live and plain and foresees else None
     if library is None or not transfer.on_host(logits):
         return False
-    vocab, temperature = logits.shape[1], [p.temperature if drawn else 0.0 for p in params]
-    rows = [[i for i in live if depths[i] > level] for level in range(max(depths))]
-    foreseeing = cast(Foreseeing, follow)
-    known = foreseeing.levels()
-    made = _Buffers(rows, live)
-    made_logits = logits if known is not None else logits.new_empty(made.first[-1] - len(live), vocab)
-    ahead = None
+    vocab, depth = logits.shape[1], [depths[i] for i in live]
+    foreseeing, rows = cast(Foreseeing, follow), sum(depth)
+    known, ahead = foreseeing.levels(), None
     if known is None:
-        goals = [made_logits.data_ptr() + 4 * vocab * (n - len(live)) for n in made.first[1:-1]]
-        ahead = foreseeing.ahead(rows[1:], [made.at(made.fed, n) for n in range(1, len(rows))], made_logits)
+        further = logits.new_empty(rows - len(live), vocab)
+        ahead = foreseeing.ahead(live, depth, further)
         if ahead is None:
             return False
-        sources = [logits.data_ptr(), *goals]
+        sources = logits.data_ptr(), further.data_ptr()
     else:
-        sources = [known.data_ptr() + 4 * vocab * len(live) * n for n in range(len(rows))]
-    warm = {i for i, t in zip(live, temperature, strict=True) if t > 0.0}
-    probs = logits.new_empty(sum(i in warm for own in rows for i in own), vocab)
-    _run(library, evidence, live, temperature, made, sources, ahead, probs, vocab, known is not None, stopping)
-    chains, read = _plant(forest, rows[: made.made[0]], made, warm, probs, vocab, stopping)
+        sources = known.data_ptr(), known.data_ptr() + 4 * vocab * len(live)
+    temperature = [p.temperature if drawn else 0.0 for p in params]
+    warm = [d for d, t in zip(depth, temperature, strict=True) if t > 0.0]
+    probs = logits.new_empty(sum(warm), vocab)
+    noise = evidence.noise if len(live) == len(depths) else evidence.noise.take(live)
+    if stopping is not None:
+        stopping = Stopping(stopping.least, [stopping.beliefs[i] for i in live])
+    made = _run(library, noise, depth, temperature, sources, ahead, probs, stopping)
+    chains, read = _plant(forest, live, depth, temperature, made, probs, stopping)
     if ahead is not None:
-        ahead.done([chains[i][: read[i] - 1] for i in rows[1]] if len(rows) > 1 else [])
+        ahead.done([chain[: n - 1] for chain, n in zip(chains, read, strict=True)])
     return True
 
 
 def _run(
     library: ctypes.CDLL,
-    evidence: Evidence,
-    live: list[int],
+    noise: Noise,
+    depth: list[int],
     temperature: list[float],
-    made: _Buffers,
-    sources: list[int],
+    sources: tuple[int, int],
     ahead: Ahead | None,
-    probs: Tensor,
-    vocab: int,
-    known: bool,
+    probs: Float[Tensor, "d V"],
     stopping: Stopping | None,
-) -> None:
-    packed, stops = b"", array("B")
-    calls = [] if ahead is None else [array("B", step.call) for step in ahead.steps]
-    for level, source in enumerate(sources):
-        step = ahead.steps[level - 1] if ahead is not None and level else None
-        packed += _LEVEL.pack(
-            made.first[level + 1] - made.first[level], made.at(made.sequence, level), made.at(made.origin, level),
-            source, made.at(made.sequence if known else made.place, level), made.at(made.token, level),
-            made.at(made.total, level), 0 if step is None else calls[level - 1].buffer_info()[0], made.at(made.fed, level),
-            0 if step is None else step.above, 0 if step is None else step.feature, made.at(made.gain, level),
-        )  # fmt: skip
-    noise, levels, each = evidence.noise.take(live), array("B", packed), array("f", temperature)
-    seed, position = array("Q", noise.keys), array("q", noise.position)
+) -> _Made:
+    """sources: addresses of the logits of the first level, and of the others."""
     at = lambda a: a.buffer_info()[0]  # noqa: E731
+    n, rows = len(depth), sum(depth)
+    whole, seed, each = array("q", [*depth, *noise.position]), array("Q", noise.keys), array("f", temperature)
+    out, sums = array("q", bytes(8 * rows + 8)), array("d", bytes(16 * rows))
+    stops = array("B")
     if stopping is not None:
-        beliefs = [stopping.beliefs[i] for i in live]
-        base, odds = (array("d", own) for own in zip(*((b.base, math.exp(-b.log_odds)) for b in beliefs), strict=True))
-        chance = array("d", [1.0] * len(live))
-        stops = array("B", _STOPS.pack(USUAL, stopping.least, at(base), at(odds), at(chance)))
+        beliefs = stopping.beliefs
+        believed = array("d", [*(b.base for b in beliefs), *(math.exp(-b.log_odds) for b in beliefs), *[1.0] * n])
+        stops = array("B", _STOPS.pack(USUAL, stopping.least, *(at(believed) + 8 * n * k for k in range(3))))
+    forward = 0, 0, 0, 0
+    if ahead is not None:
+        forward = ahead.forward, ahead.handle, at(ahead.chains), at(ahead.states) if ahead.states is not None else 0
     status = library.outrider_chain(_CHAINS.pack(
-        len(sources), vocab, 0 if ahead is None else ahead.hidden,
-        0 if ahead is None else ahead.forward, 0 if ahead is None else ahead.handle,
-        at(seed), at(position), at(each), probs.data_ptr(), at(levels),
-        0 if stopping is None else at(stops), at(made.made),
+        n, probs.shape[1], 0 if ahead is None else ahead.hidden, at(whole), *sources, *forward,
+        at(seed), at(whole) + 8 * n, at(each), probs.data_ptr(), at(stops) if stops else 0,
+        at(out), at(sums), at(sums) + 8 * rows, at(out) + 8 * rows,
     ))  # fmt: skip
     if status and ahead is not None:
         ahead.fail(status)
+    return _Made(out.pop(), out, sums[:rows], sums[rows:] if stops else None)
 
 
 def _plant(
     forest: Forest,
-    rows: list[list[int]],
-    made: _Buffers,
-    warm: set[int],
-    probs: Tensor,
-    vocab: int,
+    live: list[int],
+    depth: list[int],
+    temperature: list[float],
+    made: _Made,
+    probs: Float[Tensor, "d V"],
     stopping: Stopping | None,
-) -> tuple[dict[int, list[int]], dict[int, int]]:
-    """Add the tokens of the levels `rows` to the forest, a chain each up to the first row that gave none.
+) -> tuple[list[list[int]], list[int]]:
+    """Add the tokens to the forest, a chain each up to the first row that gave none.
 
-    Returns the chains, and for each sequence the number of its levels whose distributions were read.
+    Returns the chains, and for each the number of its levels whose distributions were read.
     """
-    flat = [i for own in rows for i in own]
-    there = [stopping is None or gain != ENDED for gain in made.gain[: len(flat)]]
-    sound = all(abs(x - 1.0) <= TOLERANCE for x in made.total[: len(flat)])
-    written = sum(here and i in warm for i, here in zip(flat, there, strict=True))
-    row = forest.add_distributions(probs[:written], sound) if written else 0
-    chains: dict[int, list[int]] = {i: [] for i in rows[0]}
-    read = dict.fromkeys(rows[0], 0)
-    levels = ((level, i) for level, own in enumerate(rows) for i in own)
-    for (level, i), token, gain, here in zip(levels, made.token, made.gain, there, strict=False):
-        drawn = here and i in warm
-        if token < vocab and len(chains[i]) == level:
-            if stopping is not None:
-                stopping.beliefs[i].promised[level - 1] = gain
-            forest.add(i, level - 1, token, row if drawn else POINT_MASS)
-            chains[i].append(token)
-        read[i] += here
-        row += drawn
+    vocab, number, at, read = probs.shape[1], 0, 0, [0] * len(live)
+    chains, rows = [list[int]() for _ in live], [list[int]() for _ in live]
+    sound = True
+    for level in range(made.levels):
+        for j, levels in enumerate(depth):
+            if levels <= level:
+                continue
+            if made.gain is None or made.gain[at] != ENDED:
+                token, drawn = made.token[at], temperature[j] > 0.0
+                if token < vocab and len(chains[j]) == level:
+                    chains[j].append(token)
+                    rows[j].append(number if drawn else POINT_MASS)
+                    if stopping is not None and made.gain is not None:
+                        stopping.beliefs[j].promised[level - 1] = made.gain[at]
+                read[j] += 1
+                number += drawn
+            sound = sound and abs(made.total[at] - 1.0) <= TOLERANCE
+            at += 1
+    first = 0
+    if number:
+        first = forest.add_distributions(probs if number == probs.shape[0] else probs[:number], sound)
+    for i, chain, own in zip(live, chains, rows, strict=True):
+        forest.add_chain(i, chain, [row if row == POINT_MASS else first + row for row in own])
     return chains, read

@@ -36,6 +36,13 @@ class Forest:
         self.paths[i].append((*above, token))
         return len(self.tokens[i]) - 1
 
+    def add_chain(self, i: int, tokens: Sequence[int], row: Sequence[int]) -> None:
+        """Add a chain below the anchor of sequence i, which has no nodes yet."""
+        self.tokens[i] += tokens
+        self.parent[i] += range(-1, len(tokens) - 1)
+        self.row[i] += row
+        self.paths[i] += [tuple(tokens[:n]) for n in range(1, len(tokens) + 1)]
+
     def keep(self, i: int, nodes: Sequence[int]) -> None:
         """Keep only `nodes` of sequence i, in ascending order; every node's parent must be among them."""
         new = {-1: -1} | {k: n for n, k in enumerate(nodes)}

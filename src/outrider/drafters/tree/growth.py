@@ -322,7 +322,7 @@ class LevelLogits:
         fit = self._logits.dtype is torch.float32 and self._logits.is_contiguous()
         return self._logits if fit and self._logits.device.type == "cpu" else None
 
-    def ahead(self, rows: list[list[int]], token: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
+    def ahead(self, live: list[int], depth: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
         """There is no forward."""
 
 

@@ -2,6 +2,7 @@
 // nn/sequential.py (learned drafters).
 #include "decoder.h"
 #include "drafts.h"
+#include "feed.h"
 
 #include <mutex>
 
@@ -42,6 +43,8 @@ EXPORT void* outrider_new(const ModelPointers* model) {
 
 EXPORT int outrider_forward(void* handle, const CallPointers* call) { return static_cast<Handle*>(handle)->forward(*call); }
 
+EXPORT int outrider_feed(void* handle, const Feed* level) { return feed_tokens(*static_cast<Handle*>(handle), *level); }
+
 EXPORT void outrider_free(void* handle) { delete static_cast<Handle*>(handle); }
 
 EXPORT void* outrider_draft_new(const DraftModel* model) {
@@ -50,6 +53,8 @@ EXPORT void* outrider_draft_new(const DraftModel* model) {
 }
 
 EXPORT int outrider_draft_forward(void* handle, const DraftCall* call) { return static_cast<DraftLayers*>(handle)->forward(*call); }
+
+EXPORT int outrider_draft_feed(void* handle, const Feed* level) { return feed_layers(*static_cast<DraftLayers*>(handle), *level); }
 
 EXPORT void outrider_draft_free(void* handle) { delete static_cast<DraftLayers*>(handle); }
 
@@ -62,6 +67,8 @@ EXPORT void outrider_heads_free(void* handle) { delete static_cast<DraftHeads*>(
 EXPORT void* outrider_sequence_new(const SequencePointers* sequence) { return new (std::nothrow) DraftSequence(*sequence); }
 
 EXPORT int outrider_sequence_forward(void* handle, const SequenceCall* call) { return static_cast<DraftSequence*>(handle)->forward(*call); }
+
+EXPORT int outrider_sequence_feed(void* handle, const Feed* level) { return feed_heads(*static_cast<DraftSequence*>(handle), *level); }
 
 EXPORT void outrider_sequence_free(void* handle) { delete static_cast<DraftSequence*>(handle); }
 

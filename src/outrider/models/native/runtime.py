@@ -20,7 +20,7 @@ from outrider.errors import CapacityError, RequestError
 from outrider.models.decoder import DecoderConfig, DecoderWeights
 from outrider.models.native.shapes import sizes_of, unlike
 from outrider.models.native.weights import LINEARS, VECTORS, NativeWeights
-from outrider.nn.ahead import Ahead, Step, address_of
+from outrider.nn.ahead import Ahead, address_of
 from outrider.nn.compiled import DECODER, load
 from outrider.nn.held import BAD_SEGMENT, BAD_TOKEN, NO_MEMORY, NO_ROOM, OK
 from outrider.nn.kv import PagedKV
@@ -74,6 +74,8 @@ class _Model(ctypes.Structure):
 
 _CALL = struct.Struct("9q12Qq")
 """`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity, page, pages; twelve pointers; chunks."""
+_CHAINS = struct.Struct(_CALL.format + "2Q")
+"""`TokenChains` of feed.h: the call; slots, lengths."""
 _CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """`Stored` of layout.h, by the type of a cache's items."""
 _PART = 512
@@ -141,7 +143,7 @@ class NativeDecoder:
         self._library, self._config, self.weights = library, config, weights
         self._touched = array("q", [0] * config.layers)
         self._forward = library.outrider_forward
-        self._address = address_of(self._forward)
+        self._feed = address_of(library.outrider_feed)
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_new.argtypes, library.outrider_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
         library.outrider_free.argtypes, library.outrider_free.restype = (ctypes.c_void_p,), None
@@ -168,14 +170,16 @@ class NativeDecoder:
             raise ValueError(f"rows need one position each and layers in 0..{self._config.layers}")
         logits = torch.empty(m, self._config.vocab_size, dtype=torch.float32)
         hidden = tuple(torch.empty(n, self._config.hidden, dtype=self.weights.dtype) for _ in layers)
-        outs = array("Q", [h.data_ptr() for h in hidden])
-        segments = array("q", _flat(rows))
-        mass = self._mass(rows, kv)
-        call, _keep = self._pack(
-            kv, (n, m, len(rows.segments)), (token.data_ptr(), position.data_ptr(), scored.data_ptr()), segments,
-            logits.data_ptr(), array("q", layers), outs, mass,
-        )  # fmt: skip
-        status = self._forward(self._handle, call)
+        flat, mass = _flat(rows), self._mass(rows, kv)
+        numbers, taps = array("q", [*flat, *layers, *(h.data_ptr() for h in hidden)]), len(layers)
+        at = numbers.buffer_info()[0]
+        tap = at + 8 * len(flat)
+        status = self._forward(self._handle, _CALL.pack(
+            n, m, len(rows.segments), taps, torch.get_num_threads(), kv.slots, kv.capacity, kv.page, kv.pages.count,
+            token.data_ptr(), position.data_ptr(), scored.data_ptr(), at, kv.pages.table.buffer_info()[0], tap, tap + 8 * taps,
+            kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(), self._touched.buffer_info()[0],
+            0 if mass is None else mass.data_ptr(), 0 if mass is None else mass.shape[-1],
+        ))  # fmt: skip
         if status != OK:
             self._fail(status)
         if mass is not None and kv.attended is not None:
@@ -184,59 +188,26 @@ class NativeDecoder:
                     kv.attended[s.slot] = seen[: -(-(s.cached + s.count) // kv.chunk)]
         return Scores(logits, hidden)
 
-    def _pack(
-        self,
-        kv: PagedKV,
-        sizes: tuple[int, ...],
-        rows: tuple[int, int, int],
-        segments: array,
-        logits: int,
-        taps: array | None = None,
-        outs: array | None = None,
-        mass: Tensor | None = None,
-    ) -> tuple[bytes, tuple[object, ...]]:
-        """A call, and what it points to. sizes: rows, scored ones, segments. rows: addresses of tokens, positions, scored rows."""
-        taps, outs = array("q") if taps is None else taps, array("Q") if outs is None else outs
-        at = lambda a: a.buffer_info()[0]  # noqa: E731
-        call = _CALL.pack(
-            *sizes, len(taps), torch.get_num_threads(), kv.slots, kv.capacity, kv.page, kv.pages.count,
-            *rows, at(segments), at(kv.pages.table), at(taps), at(outs), kv.k.data_ptr(), kv.v.data_ptr(), logits,
-            at(self._touched), 0 if mass is None else mass.data_ptr(), 0 if mass is None else mass.shape[-1],
-        )  # fmt: skip
-        return call, (segments, taps, outs, mass)
-
     def ahead(
-        self,
-        kv: PagedKV,
-        levels: Sequence[Sequence[int]],
-        token: Sequence[int],
-        logits: Tensor,
-        done: Callable[[list[list[int]]], None],
+        self, kv: PagedKV, slots: Sequence[int], more: Sequence[int], done: Callable[[list[list[int]]], None]
     ) -> Ahead | None:
-        """Forwards that append a token to each of some slots, level by level; None where the cache lacks room or is watched.
-
-        levels: their slots. token: addresses that the tokens will be read at. logits: [r, V] of all of them, one behind the other.
-        """
+        """Forwards that append more[i] tokens to the i-th of some slots, level by level; None where the cache lacks room or is
+        watched."""
         if self._checked is None or self._checked() is not kv:
             self._check(kv)
-        further = {slot: kv.length[slot] + n for n, slots in enumerate(levels, 1) for slot in slots}
-        if kv.attended is not None or any(end > kv.capacity for end in further.values()):
+        ends = [kv.length[slot] + n for slot, n in zip(slots, more, strict=True)]
+        if kv.attended is not None or max(ends) > kv.capacity:
             return None
-        for slot, end in further.items():
+        for slot, end in zip(slots, ends, strict=True):
             kv.make_room(slot, end)
-        steps: list[Step] = []
-        keep: list[object] = [logits]
-        first = 0
-        for n, (slots, place) in enumerate(zip(levels, token, strict=True)):
-            position, scored = array("q", [kv.length[s] + n for s in slots]), array("q", range(len(slots)))
-            segments = array("q", [x for j, s in enumerate(slots) for x in (s, j, position[j], 1, 0, 0)])
-            rows = place, position.buffer_info()[0], scored.buffer_info()[0]
-            goal = logits.data_ptr() + 4 * self._config.vocab_size * first
-            call, kept = self._pack(kv, (len(slots),) * 3, rows, segments, goal)
-            keep += (position, scored, kept)
-            steps.append(Step(call))
-            first += len(slots)
-        return Ahead(self._address, self._handle, steps, keep, self._fail, done)
+        where = array("q", [*slots, *(kv.length[slot] for slot in slots)])
+        at = where.buffer_info()[0]
+        chains = array("B", _CHAINS.pack(
+            0, 0, 0, 0, torch.get_num_threads(), kv.slots, kv.capacity, kv.page, kv.pages.count, 0, 0, 0, 0,
+            kv.pages.table.buffer_info()[0], 0, 0, kv.k.data_ptr(), kv.v.data_ptr(), 0,
+            self._touched.buffer_info()[0], 0, 0, at, at + 8 * len(slots),
+        ))  # fmt: skip
+        return Ahead(self._feed, self._handle, chains, where, self._fail, done)
 
     @property
     def touched(self) -> tuple[int, ...]:
