@@ -81,6 +81,18 @@ def test_each_load_has_its_own_length() -> None:
     assert sum(few) / len(few) > 2.3 and sum(many) / len(many) < 0.4
 
 
+def test_a_load_that_comes_for_a_step_at_a_time_does_what_its_neighbour_found() -> None:
+    """Two of eight sequences end together, and two others follow a step later: there the first length would be drafted for ever."""
+    control, dear = LiveLengths(4, 4), lambda verified, drafted: 1.0 + 0.6 * drafted + 0.1 * verified
+    drive(control, dear, 0.3, 8, 1500)
+    assert control.next(8) == 0
+    few = list[int]()
+    for _ in range(20):
+        few += drive(control, dear, 0.3, 6, 1)
+        drive(control, dear, 0.3, 8, 6)
+    assert set(few) == {0}
+
+
 def test_a_load_that_comes_for_a_few_steps_at_a_time_is_spared_trials_that_it_could_not_end() -> None:
     """A batch ends raggedly: of its last sequences every few steps one is gone."""
     control, cost = LiveLengths(4, 4), lambda verified, drafted: 1.0 + 0.02 * drafted + 0.01 * verified

@@ -225,6 +225,8 @@ class Adaptive:
         also waits for the second step of a load: one that comes for a step at a time would be tried and never compared.
         """
         load = self._load(len(sequences))
+        if not load.known and load_class(self._last) != load_class(len(sequences)):
+            self._follow(load, len(sequences))
         if load.trial >= 0 and (load.turn >= MAX_TRIAL_STEPS or load.blind):
             load.abandon()
         if load.trial >= 0:
@@ -237,6 +239,14 @@ class Adaptive:
                 load.choose(self.predicted(len(sequences), load.length))
             load.asked += 1
         return load.length if self._saving_exceeds_prefill(sequences, load.length) else 0
+
+    def _follow(self, load: LengthSearch, sequences: int) -> None:
+        """Where passes are not timed by their rows, and so nothing is predicted: a load that comes for a step at a time, never
+        compared, does what the nearest one does that was."""
+        known = [(abs(n - sequences), one.length) for (n, _), one in self._loads.items() if one.known]
+        if known and self._forecast.seconds(sequences, 0) is None and min(known)[1] != load.length:
+            load.trial = -1
+            load.choose(min(known)[1])
 
     def _saving_exceeds_prefill(self, sequences: Sequence[SequenceView], length: int) -> bool:
         """Whether drafts of this length will save more time over these sequences than the drafter's prefill of them costs."""
