@@ -33,7 +33,7 @@ PRESETS: dict[str, tuple[Spec, ...]] = {
         Spec("draft model, 3", DRAFT, 3),
         Spec("draft model, 5", DRAFT, 5),
         Spec("Medusa", "medusa", 4, "sequence"),
-        Spec("EAGLE, chain", "eagle", 4, "layer"),
+        Spec("EAGLE, chain", "eagle", 5, "layer"),
         Spec("EAGLE, dynamic tree", "dynamic:16:eagle", 4, "layer"),
         Spec("block diffusion", "dflash", 3, "block"),
         Spec("n-gram", "ngram", 5, "nothing"),
