@@ -13,7 +13,7 @@ from typing import Any
 class Ahead:
     """The forwards of all levels of chains but the first.
 
-    forward: address of the compiled function that feeds a level (`Feed` of models/native/feed.h). handle: its first argument.
+    forward: address of the compiled function that feeds a level (`Feed` of fed.h). handle: its first argument.
     chains: what it reads of all levels, packed. keep: what must live until they have run. fail: raises what a status other than 0
     means. done: is told, for each sequence, the tokens that were fed. states: addresses of the anchors' features, None for none;
     hidden: numbers of one.

@@ -69,22 +69,26 @@ class Unit:
     """The sources of one library.
 
     name: of the source in `folder`, which includes all other C++ files there. threads: whether it uses OpenMP. instead: what
-    happens without the library.
+    happens without the library. shared: headers elsewhere, of what it exchanges with another library.
     """
 
     name: str
     folder: Path
     threads: bool
     instead: str
+    shared: tuple[Path, ...] = ()
 
     @property
     def sources(self) -> list[Path]:
         """Its files; a library is identified by their contents."""
-        return sorted(p for p in self.folder.iterdir() if p.suffix in (".cpp", ".h"))
+        return [*sorted(p for p in self.folder.iterdir() if p.suffix in (".cpp", ".h")), *self.shared]
 
 
-DECODER = Unit("decoder", PACKAGE / "models" / "native", True, "decoding runs on PyTorch, up to four times slower")
-PASSES = Unit("passes", PACKAGE / "verify", False, "drafts are verified by PyTorch, which is slower")
+FED = PACKAGE / "nn" / "fed.h"
+DECODER = Unit(
+    "decoder", PACKAGE / "models" / "native", True, "decoding runs on PyTorch, up to four times slower", (FED,)
+)
+PASSES = Unit("passes", PACKAGE / "verify", False, "drafts are verified by PyTorch, which is slower", (FED,))
 UNITS = (DECODER, PASSES)
 
 
@@ -254,7 +258,8 @@ def compile_unit(
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         part, made = Path(name) / "unit.o", Path(name) / "unit.so"
-        _call([*compiler, *flags, "-c", str(unit.folder / f"{unit.name}.cpp"), "-o", str(part)], patience)
+        where = [f"-I{header.parent}" for header in unit.shared]
+        _call([*compiler, *flags, *where, "-c", str(unit.folder / f"{unit.name}.cpp"), "-o", str(part)], patience)
         # Linked without -fopenmp: the OpenMP symbols stay open and resolve to the runtime torch has loaded.
         loose = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         _call([*compiler, "-shared", *loose, *link, str(part), "-o", str(made), "-lm", "-pthread"], patience)

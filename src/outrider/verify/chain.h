@@ -4,22 +4,14 @@
 
 #include <vector>
 
+#include "fed.h"
 #include "noise.h"
 #include "picks.h"
 #include "rows.h"
 
 namespace chain {
 
-// A level that is to be fed. models/native/feed.h has the same struct.
-struct Feed {
-    const void* chains;       // what all levels share, as the forward reads it
-    int64_t depth, rows;      // depth: of its nodes, 1 for the first
-    const int64_t* sequence;  // [rows] whose nodes they are, ascending
-    const int64_t* token;     // [rows]
-    float* logits;            // [rows, vocab] out
-    const float* feature;     // [rows, hidden] the states of their parents; null: it reads none
-    float* state;             // [rows, hidden] out, where it reads features
-};
+using outrider::Feed;
 
 constexpr double ENDED = -1.0;
 

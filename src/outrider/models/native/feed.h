@@ -2,33 +2,23 @@
 #pragma once
 
 #include "drafts.h"
+#include "fed.h"
 
 namespace outrider {
 
-// A level that is to be fed. verify/chain.h has the same struct, and calls what is given one.
-struct Feed {
-    const void* chains;       // one of the structs below
-    int64_t depth, rows;      // depth: of its nodes, 1 for the first
-    const int64_t* sequence;  // [rows] whose nodes they are, ascending
-    const int64_t* token;     // [rows]
-    float* logits;            // [rows, vocab] out
-    const float* feature;     // [rows, hidden] the states of their parents; null: it reads none
-    float* state;             // [rows, hidden] out, where it reads features
-};
-
-// For a decoder of tokens, which keeps the rows. call: what all levels share. runtime.py mirrors it.
+// What a `Feed` calls chains, for a decoder of tokens, which keeps the rows. call: what all levels share. runtime.py mirrors it.
 struct TokenChains {
     CallPointers call;
     const int64_t *slot, *length;  // of each sequence; tokens in its cache before the first level
 };
 
-// For layers that read features; their rows are forgotten. nn/drafts.py mirrors it.
+// The same for layers that read features; their rows are forgotten. nn/drafts.py mirrors it.
 struct DraftChains {
     DraftCall call;
     const int64_t *slot, *cached, *position;  // position: of the node of depth 1
 };
 
-// For heads that follow one another. nn/sequential.py mirrors it.
+// The same for heads that follow one another. nn/sequential.py mirrors it.
 struct HeadChains {
     int64_t threads;
 };
