@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vllm_inside import FOLDERS, speculative, started
 
 TOKENS = 96
 LOADS = {1: 2, 8: 14}
@@ -36,51 +37,25 @@ def worker(method: str) -> None:
     """One vLLM; a line {"arm", "load", "seed"} on stdin gives a line {"tokens", "seconds"} on stdout."""
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints goes to stderr
-    # one GiB of keys and values: two of them run side by side, and each would reserve most of the memory
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }
-    from vllm import LLM, SamplingParams
+    llm = started(None if method == "plain" else speculative(method, 4))
+    from vllm import SamplingParams
 
-    from outrider.assets import HERE, shipped
+    from outrider.assets import HERE
     from outrider.integrations.vllm.lengths import Cycle, LiveLengths
 
-    folder = {"eagle3": "eagle", "draft_model": "draft", "dflash": "dflash"}.get(method)
-    config: dict[str, Any] = {}
-    if folder:
-        config["speculative_config"] = {
-            "method": method,
-            "model": str(shipped("target").parent / folder),
-            "num_speculative_tokens": 4,
-            "num_speculative_tokens_per_batch_size": [[1, 8, 4]],
-        }
-        config["scheduler_cls"] = "outrider.integrations.vllm.Scheduler"
-        config["worker_cls"] = "outrider.integrations.vllm.CpuWorker"
-    llm = LLM(
-        model=str(shipped("target")),
-        max_model_len=512,
-        max_num_seqs=8,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-        **config,
-    )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     prompts = [json.loads(row)["prompt"] for row in (HERE / "pycode" / "prompts.jsonl").read_text().splitlines()]
     adaptive = LiveLengths(4, 4)
     print("ready", file=reply, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        if folder:
+        if method != "plain":
             scheduler.lengths = adaptive if asked["arm"] == "adaptive" else Cycle([asked["arm"]])
         draw = random.Random(asked["seed"])
         chosen = [draw.choice(prompts) for _ in range(LOADS[asked["load"]])]
         params = SamplingParams(temperature=asked["temperature"], max_tokens=TOKENS, ignore_eos=True, detokenize=False)
         done = steady(llm.llm_engine, chosen, params, asked["load"])
-        look = adaptive.control.outlook()
-        print(json.dumps({**done, "length": look.length}), file=reply, flush=True)
+        print(json.dumps(done), file=reply, flush=True)
 
 
 def steady(engine: Any, prompts: list[str], params: Any, load: int) -> dict[str, float]:
@@ -133,7 +108,7 @@ def main() -> None:
     """Rounds, then a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--worker")
-    parser.add_argument("--method", default="eagle3", choices=["eagle3", "draft_model", "dflash"])
+    parser.add_argument("--method", default="eagle3", choices=list(FOLDERS))
     parser.add_argument("--rounds", type=int, default=28)
     parser.add_argument(
         "--learn", type=int, default=40, help="runs of the adaptive arm at each load before the first round"

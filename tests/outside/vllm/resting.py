@@ -1,4 +1,4 @@
-"""Run by `test_resting.py`, in a process of its own: METHOD FOLDER prints accepted tokens and texts of each way as JSON."""
+"""Run by `test_resting.py`, in a process of its own: METHOD prints accepted tokens and texts of each way as JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import os
 import sys
 from typing import Any
+
+from benchmarks.vllm_inside import speculative, started
 
 WAYS = ("rests", "reads", "forgets")
 LENGTHS = (*[0] * 15, *[4] * 5, 0, 2, *[0] * 9, 1)
@@ -15,31 +17,14 @@ def main() -> None:
     """Texts of `LENGTHS` with a drafter that rests, with one that reads every token, and with one whose rest is thrown away."""
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints goes to stderr
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    from vllm import LLM, SamplingParams  # type: ignore[reportAttributeAccessIssue]
+    llm = started(speculative(sys.argv[1], 4))
+    from vllm import SamplingParams  # type: ignore[reportAttributeAccessIssue]
 
-    from outrider.assets import HERE, shipped
+    from outrider.assets import HERE
     from outrider.integrations.vllm import plain_steps
     from outrider.integrations.vllm.lengths import Cycle, SeenStep
     from outrider.integrations.vllm.rest import Resting, Waiting
 
-    method, folder = sys.argv[1:]
-    llm = LLM(
-        model=str(shipped("target")),
-        max_model_len=512,
-        max_num_seqs=8,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-        scheduler_cls="outrider.integrations.vllm.Scheduler",
-        worker_cls="outrider.integrations.vllm.CpuWorker",
-        speculative_config={
-            "method": method,
-            "model": str(shipped("target").parent / folder),
-            "num_speculative_tokens": 4,
-            "num_speculative_tokens_per_batch_size": [[1, 8, 4]],
-        },
-    )
     core = llm.llm_engine.engine_core.engine_core
     worker = core.model_executor.driver_worker
     runner = getattr(worker, "worker", worker).model_runner

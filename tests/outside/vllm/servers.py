@@ -17,10 +17,11 @@ from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
+from benchmarks.vllm_inside import SLOTS
 from outrider.assets import shipped
 from outrider.integrations.vllm import PLUGINS
 
-SLOTS, READY_SECONDS = 8, 900.0
+READY_SECONDS = 900.0
 PARTS = [
     "--scheduler-cls",
     "outrider.integrations.vllm.Scheduler",
@@ -29,14 +30,6 @@ PARTS = [
     "--per-request-spec-decode-metrics",
     "detailed",
 ]
-
-
-def speculative(method: str, length: int, **more: Any) -> dict[str, Any]:
-    """A speculative configuration with our shipped drafter of this method, and a table of lengths for our scheduler."""
-    folder = {"eagle3": "eagle", "dflash": "dflash", "draft_model": "draft"}.get(method)
-    model = str(shipped("target").parent / folder) if folder else "outrider.integrations.vllm.Proposer"
-    table = {} if method == "custom_class" else {"num_speculative_tokens_per_batch_size": [[1, SLOTS, length]]}
-    return {"method": method, "model": model, "num_speculative_tokens": length, **table, **more}
 
 
 def environment(plugins: str | None) -> dict[str, str]:

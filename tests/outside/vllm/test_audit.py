@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.vllm_inside import speculative
 from outrider.assets import shipped
 
-from .servers import PARTS, Server, served, speculative
+from .servers import PARTS, Server, served
 
 FLOAT = ["--dtype", "float32"]
 

@@ -52,7 +52,9 @@ def test_one_command_starts_vllm_with_every_part(tmp_path: Path) -> None:
 
 def test_with_one_plug_in_named_doctor_says_which_list_is_needed(tmp_path: Path) -> None:
     """VLLM_PLUGINS is one list for all groups: naming the routes alone switches the ledger and the repair off."""
-    from .servers import served, speculative
+    from benchmarks.vllm_inside import speculative
+
+    from .servers import served
 
     with served(tmp_path, speculative("eagle3", 3), plugins="outrider_http") as server:
         words = [sys.executable, "-m", "outrider", "doctor", "--vllm", server.url]

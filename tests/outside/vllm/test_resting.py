@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.vllm_inside import FOLDERS
+
 from .servers import environment
 
-SCRIPT = Path(__file__).parent / "resting.py"
+ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize(("method", "folder"), [("eagle3", "eagle"), ("draft_model", "draft"), ("dflash", "dflash")])
-def test_a_rested_drafter_is_accepted_as_often(method: str, folder: str) -> None:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, method, folder], capture_output=True, text=True, env=environment(None)
-    )
+@pytest.mark.parametrize("method", list(FOLDERS))
+def test_a_rested_drafter_is_accepted_as_often(method: str) -> None:
+    command = [sys.executable, "-m", "tests.outside.vllm.resting", method]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(None), cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["rests"]["accepted"] == found["reads"]["accepted"], "step by step, sequence by sequence"

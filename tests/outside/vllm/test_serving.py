@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 import outrider
+from benchmarks.vllm_inside import speculative
 from outrider.assets import HERE, shipped
 from outrider.params import SamplingParams
 from outrider.telemetry.ledger import ledger
 
-from .servers import PARTS, Server, served, speculative
+from .servers import PARTS, Server, served
 
 TOKENS = 48
 SETTINGS = "--additional-config"
