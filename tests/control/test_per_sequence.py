@@ -46,8 +46,8 @@ def test_a_mixture_is_faster_than_with_the_best_common_length() -> None:
 
 @pytest.mark.parametrize("kind", [Adaptive, PerSequence])
 def test_small_gains_that_add_up_are_found(kind) -> None:
-    """A length more gains less than the margin from 8 on, and four more together 6%: a search that asks the whole margin of every
-    step stays there. All texts are alike, for where they differ longer drafts leave more of the hard ones in the batch."""
+    """A length more gains less than the margin from 8 on, and four more together 6%. All texts are alike: where they differ, longer
+    drafts leave more of the hard ones in the batch."""
     accept = [0.92] * 8
     speed = settled(Mixture(cheap, accept, limit=96, noise=0.03), kind(FIRST, LONGEST), 1200, 600)
     assert speed >= 0.97 * best_common(cheap, accept)

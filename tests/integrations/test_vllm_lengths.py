@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from outrider.errors import ConfigError
+from outrider.integrations.vllm import lengths
 from outrider.integrations.vllm.lengths import PAUSE, WINDOW, LiveLengths, Request, SeenStep
 from outrider.integrations.vllm.scheduler import NOTE, LiveScheduling
 from tests.integrations.vllm_stubs import config
@@ -79,6 +80,23 @@ def test_each_load_has_its_own_length() -> None:
     for _ in range(12):
         few, many = (drive(control, cost(load), 0.8, load, 400) for load in (1, 8))
     assert sum(few) / len(few) > 2.3 and sum(many) / len(many) < 0.4
+
+
+def test_texts_are_told_apart_beyond_the_names_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that is given twice would take two texts for one."""
+    monkeypatch.setattr(lengths, "NAMES", 3)
+    control, slots = LiveLengths(2, 2), dict[str, set[int]]()
+    observe = control.control.observe
+    monkeypatch.setattr(control.control, "observe", lambda record: (seen.append(record.each), observe(record)))
+    seen = list[Any]()
+    for text in "abcdefgh":
+        for _ in range(12):
+            now = control.next(1)
+            control.saw(SeenStep(1, now, now, False, 1.0, [0], [text]))
+        slots[text] = {one.slot for each in seen for one in each}
+        seen.clear()
+    every = [slot for mine in slots.values() for slot in mine]
+    assert all(slots.values()) and len(set(every)) >= len(slots)
 
 
 def test_a_load_that_comes_for_a_step_at_a_time_does_what_its_neighbour_found() -> None:

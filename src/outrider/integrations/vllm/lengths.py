@@ -85,7 +85,7 @@ class LiveLengths:
         self._clean: list[SeenStep] = []
         self._measured: StepRecord | None = None
         self._views: dict[int, tuple[SequenceView, ...]] = {}
-        self._slots: dict[str, int] = {}
+        self._slots, self._next = dict[str, int](), -1
 
     def next(self, sequences: int) -> int:
         """The length of the present measurement; a new one begins when the load's class changes."""
@@ -126,11 +126,12 @@ class LiveLengths:
         return _record_of(self._load, sum(s.seconds or 0.0 for s in steps) / len(steps), counts, each)
 
     def _one(self, name: str, accepted: int) -> SequenceStep:
-        if len(self._slots) > NAMES:
-            self._slots.clear()  # texts of before count as ended
-        # below 0: the views that the controller is shown have slots from 0 on, and say nothing of texts
-        slot = self._slots.setdefault(name, -1 - len(self._slots))
-        return SequenceStep(slot, self._length, accepted + (accepted < self._length), accepted)
+        if name not in self._slots:
+            if len(self._slots) >= NAMES:
+                self._slots.clear()  # texts of before count as ended, since no number is given twice
+            # below 0: the views that the controller is shown have slots from 0 on, and say nothing of texts
+            self._slots[name], self._next = self._next, self._next - 1
+        return SequenceStep(self._slots[name], self._length, accepted + (accepted < self._length), accepted)
 
 
 def _record_of(scored: int, seconds: float, counts: Counts, each: tuple[SequenceStep, ...] = ()) -> StepRecord:
