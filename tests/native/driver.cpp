@@ -90,8 +90,12 @@ std::vector<float> logits(void* library, void* handle, Stored cache, int64_t fro
 }
 
 void* make_linear(void* library, const SegmentPointers& segment, int64_t k, int64_t threads, bool twice) {
-    const auto make = (void* (*)(const SegmentPointers*, int64_t, int64_t, int64_t, int64_t))symbol(library, "outrider_linear_new");
-    return make(&segment, 1, k, threads, twice);
+    const auto make = (void* (*)(const SegmentPointers*, int64_t, int64_t, int64_t))symbol(library, "outrider_linear_new");
+    const auto bytes = (int64_t (*)(const void*))symbol(library, "outrider_linear_bytes");
+    const auto pack = (void (*)(void*, uint8_t*, int64_t))symbol(library, "outrider_linear_pack");
+    void* linear = make(&segment, 1, k, twice);
+    if (bytes(linear) > 0) pack(linear, (uint8_t*)aligned_alloc(64, bytes(linear)), threads);  // the process is short
+    return linear;
 }
 
 void decode(void* library, bool half, Stored cache) {

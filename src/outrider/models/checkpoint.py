@@ -20,6 +20,7 @@ from outrider.models.packed import packing_of
 from outrider.models.places import without_place
 from outrider.models.reading import Progress, Reader
 from outrider.mtp_names import head_tensors
+from outrider.nn.large_pages import LargePages
 from outrider.nn.memory import require_weights
 
 
@@ -99,15 +100,16 @@ class Checkpoint:
         progress: Progress | None = None,
         role: str = "model",
         first: int | None = None,
+        memory: LargePages | None = None,
     ) -> DecoderWeights:
         """All weights in `dtype` (bfloat16, float32 or float64) on `device`; CapacityError if they do not fit.
 
-        role: the model's role in messages: "target", "draft". first: only so many blocks.
+        role: the model's role in messages: "target", "draft". first: only so many blocks. memory: as in `Reader`.
         """
         where, count = torch.device(device), first or self.config.layers
         left_out = self.bytes_of(torch.uint8)[1] * (self.config.layers - count) // self.config.layers
         require_weights(self.parameters - left_out, dtype, where, role)
-        reader = Reader(self, list(self._expected()), dtype, where, progress)
+        reader = Reader(self, list(self._expected()), dtype, where, progress, memory)
         embedding = reader.tensor("model.embed_tokens.weight")
         head = embedding
         if "lm_head.weight" in self._expected():

@@ -1,4 +1,4 @@
-"""The type that a model's weights are computed in: asked for by name, or the one that the machine and the checkpoint suggest."""
+"""The type and the device that a model is computed in: asked for by name, or what the machine and the checkpoint suggest."""
 
 from __future__ import annotations
 
@@ -48,3 +48,16 @@ def dtype_notices(folder: Path, dtype: torch.dtype, device: torch.device, native
         return ()
     name = str(dtype).removeprefix("torch.")
     return (f"{folder.name} runs in {name}, which this CPU only emulates (slower): choose --dtype float32",)
+
+
+def device_named(name: str) -> torch.device:
+    """ "auto" (a GPU if there is one) or a PyTorch device. Raises ConfigError for one that is unknown or not there."""
+    options.check_device(name)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, there = torch.device(name), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= there:
+        if not there:
+            raise ConfigError(f"device {name!r} is not there (PyTorch sees no GPU); use 'auto' or 'cpu'")
+        raise ConfigError(f"device {name!r} is not there: the last GPU that PyTorch sees is 'cuda:{there - 1}'")
+    return device

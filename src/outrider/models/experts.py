@@ -7,10 +7,10 @@ tensor each of all gates, ups and downs of a layer. All are read.
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from outrider.config_keys import flag, real, whole
@@ -156,13 +156,13 @@ class Order:
     split: int | None = None
     turns: bool = False
 
-    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def memory(self, shape: tuple[int, ...], empty: Callable[[Sequence[int]], Tensor]) -> tuple[Tensor, Tensor]:
         """New memory for a tensor of the file's shape: as it is in `LayerWeights`, and the same as it is in the file."""
         at = self.split
         if at is not None:
             both = (shape[at] // 2, 2) if self.turns else (2, shape[at] // 2)
             shape = (*shape[:at], *both, *shape[at + 1 :])
-        out = torch.empty([shape[i] for i in self.dims], dtype=dtype, device=device)
+        out = empty([shape[i] for i in self.dims])
         return out.flatten(0, self.outputs - 1), out.permute([self.dims.index(i) for i in range(len(shape))])
 
 

@@ -17,7 +17,8 @@ from outrider.models.adapter import home_of, is_adapter
 from outrider.models.admit import admit
 from outrider.models.checkpoint import Checkpoint
 from outrider.models.config import Unsupported, read_raw_config
-from outrider.models.dtypes import choose_dtype, dtype_notices, is_emulated, named_dtype
+from outrider.models.decoder import DecoderWeights
+from outrider.models.dtypes import choose_dtype, device_named, dtype_notices, is_emulated, named_dtype
 from outrider.models.entries import read_entries
 from outrider.models.folder import require_config, resolve_folder
 from outrider.models.gguf.checkpoint import GgufCheckpoint
@@ -33,6 +34,7 @@ from outrider.models.tokenizer import (
     stop_ids,
     vocab_fingerprint,
 )
+from outrider.nn.large_pages import LargePages
 from outrider.nn.memory import available_memory, require_weights
 from outrider.nn.stored import KV_DTYPES
 from outrider.protocols import Target
@@ -115,10 +117,11 @@ def load_target(
     if quantize is not None:
         plain = replace(found.read(chosen, where, progress, role), twice=twice)
         target = quantised_target(found.config, plain, quantize, role)
-    elif isinstance(found, GgufCheckpoint) and _native(found, chosen, where)[0] is not None:
-        target = LeanTarget(found.config, lambda: replace(found.packed(chosen, progress, role), twice=twice))
-    else:
+    elif _native(found, chosen, where)[0] is None:
         target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role))
+    else:
+        read = _reading(found, chosen, progress, role)
+        target = LeanTarget(found.config, lambda: replace(read(), twice=twice))
     target = target.storing(kv_dtype)
     told = found.notice(chosen)
     told += input_notices(target.native is not None) if twice else ()
@@ -142,7 +145,7 @@ def first_blocks(
         return "the compiled decoder does not run here"
     c = found.config
     whole, blocks, experts = found.bytes_of(chosen)
-    read = partial(found.packed, chosen) if isinstance(found, GgufCheckpoint) else partial(found.read, chosen, where)
+    read = _reading(found, chosen)
     block = max(blocks // c.layers, 1)
     head = max(whole - block * c.layers, 0) / (1 if found.layout.tied else 2)  # of a separate embedding one row is read
     count = min(max(size // block, 1), c.layers)
@@ -192,6 +195,13 @@ def _runtime(folder: Path, implementation: str, max_length: int | None = None) -
 def _native(found: Checkpoint | GgufCheckpoint, dtype: torch.dtype, device: torch.device) -> Any:
     """The native decoder's library and its notice, (None, None) on other devices. With it GGUF weights stay in blocks."""
     return library_for(found.config, dtype) if device.type == "cpu" else (None, None)
+
+
+def _reading(found: Checkpoint | GgufCheckpoint, dtype: torch.dtype, *told: Any) -> Callable[..., DecoderWeights]:
+    """What reads weights for the compiled decoder, which leaves plain ones where they are. told: progress and role, if any."""
+    if isinstance(found, GgufCheckpoint):
+        return partial(found.packed, dtype, *told)
+    return partial(found.read, dtype, torch.device("cpu"), *told, memory=LargePages())
 
 
 def reads_emulated(path_or_name: str | Path, dtype: torch.dtype, device: torch.device, implementation: str) -> bool:
@@ -334,16 +344,3 @@ def _size(config: Any, name: str) -> int:
     except Exception:  # some classes refuse to name one value for layers that differ, with errors of their own
         found = [getattr(layer, name, None) for layer in getattr(config, "per_layer_config", ())]
     return max((n for n in found if isinstance(n, int)), default=0)
-
-
-def device_named(name: str) -> torch.device:
-    """ "auto" (a GPU if there is one) or a PyTorch device. Raises ConfigError for one that is unknown or not there."""
-    options.check_device(name)
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device, there = torch.device(name), torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= there:
-        if not there:
-            raise ConfigError(f"device {name!r} is not there (PyTorch sees no GPU); use 'auto' or 'cpu'")
-        raise ConfigError(f"device {name!r} is not there: the last GPU that PyTorch sees is 'cuda:{there - 1}'")
-    return device

@@ -11,6 +11,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -26,6 +27,7 @@ from outrider.models.entries import Entry
 from outrider.models.experts import expert_names, order_of_experts
 from outrider.models.packed import Packing
 from outrider.models.rotary import halves
+from outrider.nn.large_pages import LargePages
 
 Progress = Callable[[float], None]
 """Called with the share of the weights read so far, in (0, 1]."""
@@ -55,7 +57,8 @@ class Source(Protocol):
 
 
 class Reader:
-    """Reads weights of a source. wanted: all that will be read, for the progress. dtype, device: of what is made."""
+    """Reads weights of a source. wanted: all that will be read, for the progress. dtype, device: of what is made. memory: where
+    that goes if it stays together; None: each tensor in memory of its own, so that it can be let go of alone."""
 
     def __init__(
         self,
@@ -64,9 +67,11 @@ class Reader:
         dtype: torch.dtype,
         device: torch.device = _CPU,
         progress: Progress | None = None,
+        memory: LargePages | None = None,
     ) -> None:
         self._source, self._dtype, self._device, self._progress = source, dtype, device, progress
         self._entries, self._shapes = source.entries, source.shapes
+        self._empty = torch.empty if memory is None else memory.empty
         self._done, self._all = 0, sum(self._entries[part].bytes for name in wanted for part in self._pieces(name))
 
     def tensor(self, name: str) -> Tensor:
@@ -140,12 +145,13 @@ class Reader:
         shapes = [self._shapes[name] for name in names]
         family, norm = self._source.layout.family, names[0].endswith("norm.weight")
         dtype = torch.promote_types(self._dtype, torch.float32) if norm and family.wide_norms else self._dtype
+        empty = partial(self._empty, dtype=dtype, device=self._device)
         order = order_of_experts(field, names[0], family.experts)
         if order is None:
-            out = torch.empty((sum(s[0] for s in shapes), *shapes[0][1:]), dtype=dtype, device=self._device)
+            out = empty((sum(s[0] for s in shapes), *shapes[0][1:]))
             stored = list(out.split([s[0] for s in shapes]))
         else:
-            out, one = order.memory(shapes[0], dtype, self._device)
+            out, one = order.memory(shapes[0], empty)
             stored = [one]
         for name, part in zip(names, stored, strict=True):
             places = part if len(self._shapes[name]) == 3 else [part]

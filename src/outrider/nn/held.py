@@ -10,6 +10,7 @@ from torch import Tensor
 
 from outrider.errors import CapacityError, RequestError
 from outrider.nn.compiled import DECODER, load
+from outrider.nn.large_pages import LargePages
 from outrider.nn.products import NativeLinear
 
 OK, BAD_TOKEN, BAD_SEGMENT, NO_ROOM, NO_MEMORY, BAD_ROW = range(6)
@@ -29,11 +30,12 @@ class Held:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self._library, self._dtype = library, dtype
         self._parts: list[object] = []
+        self._memory = LargePages()
 
     def product(self, weight: Tensor | NativeLinear) -> NativeLinear:
         """A linear of this weight, or the one that is given."""
         if isinstance(weight, Tensor):
-            weight = NativeLinear(self._library, weight.detach().to(self._dtype).contiguous())
+            weight = NativeLinear(self._library, self._memory.copy(weight.detach(), self._dtype))
         self._parts.append(weight)
         return weight
 

@@ -10,8 +10,8 @@ from typing import Any
 from outrider.deprecated import current
 from outrider.errors import ConfigError
 from outrider.isa import multiplies_bfloat16
+from outrider.models.dtypes import device_named
 from outrider.models.folder import identity_of, resolve_folder
-from outrider.models.load import device_named
 from outrider.train import metrics
 from outrider.train.features import MOST_REPEATED, DataSpec
 from outrider.train.loop import BOOKKEEPING

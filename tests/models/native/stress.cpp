@@ -132,6 +132,8 @@ class Case {
         for (size_t at = 0; at < raw.size(); at += 34) raw[at + 1] = 0x14;  // half precision: about 1/1000
         const SegmentPointers segment{Q8_0, n, raw.data()};
         Linear* made = linears_.emplace_back(Linear::make(&segment, 1, k)).get();
+        memory_.emplace_back(static_cast<uint8_t*>(std::aligned_alloc(64, (size_t)made->bytes())), &std::free);
+        made->place(memory_.back().get());
         for (int64_t u = 0; u < made->pack_units(); ++u) made->pack(u);
         return made;
     }
@@ -146,6 +148,7 @@ class Case {
     std::vector<std::vector<W>> tensors_;
     std::vector<std::vector<float>> vectors_;
     std::vector<std::unique_ptr<Linear>> linears_;
+    std::vector<std::unique_ptr<uint8_t, void (*)(void*)>> memory_;
     std::vector<LayerPointers> layers_;
     std::vector<float> frequency_;
     ModelPointers model_{};

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from typing import Any
 
 from outrider.errors import ConfigError
@@ -12,6 +13,7 @@ from outrider.integrations.vllm.rest import let_rest
 from outrider.integrations.vllm.scheduler import NOTE
 from outrider.integrations.vllm.settings import Settings
 from outrider.integrations.vllm.tap import Ruled, Tap, Watched
+from outrider.nn.large_pages import Gathered, gather
 from outrider.verify.registry import load_rule
 
 logger = logging.getLogger("vllm.outrider")
@@ -40,6 +42,8 @@ class Ledgered:
     """Why the drafter reads every token also where nothing is drafted; empty if it rests."""
     drafting: str = "no speculation"
     """Why steps without drafts are prepared and sampled as steps with some; empty if they run as without speculation."""
+    gathered = Gathered(0, 0)
+    """Of the memory of weights, keys and values; none of a GPU's."""
     note: dict[str, Any] | None = None
     """The scheduler's latest note on a step."""
 
@@ -60,6 +64,7 @@ class Ledgered:
         attach = getattr(getattr(runner, "drafter", None), "attach", None)
         if attach is not None:
             attach(runner)
+        self._gather()
         return out
 
     def _watch(self, runner: Any) -> str:
@@ -84,8 +89,9 @@ class Ledgered:
         return let_steps_be_plain(runner, ExecuteModelState)
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's; its trial runs are not counted."""
+        """vLLM's; its trial runs are not counted. Keys and values are there now."""
         out = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
+        self._gather()
         if self.tap is not None:
             self.tap.reset()
         return out
@@ -94,6 +100,17 @@ class Ledgered:
         """vLLM's; the scheduler's note is kept."""
         self.note = getattr(scheduler_output, NOTE, None) or self.note
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+
+    def _gather(self) -> None:
+        """Move what was loaded into large pages, and say so: see `nn.large_pages.gather`."""
+        if str(getattr(self.model_runner, "device", "")) != "cpu":
+            return
+        began = time.monotonic()
+        found = gather()
+        self.gathered = Gathered(*map(sum, zip(self.gathered, found, strict=True)))
+        if found.of:
+            told = "outrider: %d of %d MB moved to pages of 2 MiB in %.1f s (OUTRIDER_LARGE_PAGES=0 leaves them)"
+            logger.info(told, found.bytes >> 20, found.of >> 20, time.monotonic() - began)
 
     def outrider_report(self) -> dict[str, Any]:
         """Sums and estimates as plain numbers; the endpoint asks for them by `collective_rpc`."""
@@ -110,6 +127,7 @@ class Ledgered:
             "note": self.note or {},
             "proposer": None if own is None else own(),
             "repair": _repaired(),
+            "large_pages": self.gathered._asdict(),
         }
 
 

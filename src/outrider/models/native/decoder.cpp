@@ -72,15 +72,21 @@ EXPORT int outrider_sequence_feed(void* handle, const Feed* level) { return feed
 
 EXPORT void outrider_sequence_free(void* handle) { delete static_cast<DraftSequence*>(handle); }
 
-// A linear of `count` segments with k inputs each, packed by `threads` threads; null when there is no memory. twice: see STORE_TWICE.
-EXPORT void* outrider_linear_new(const SegmentPointers* segment, int64_t count, int64_t k, int64_t threads, int64_t twice) {
-    Linear* made = Linear::make(segment, count, k, twice != 0);
-    if (made == nullptr) return nullptr;
+// A linear of `count` segments with k inputs each; null when there is no memory. twice: see STORE_TWICE.
+EXPORT void* outrider_linear_new(const SegmentPointers* segment, int64_t count, int64_t k, int64_t twice) {
+    return Linear::make(segment, count, k, twice != 0);
+}
+
+EXPORT int64_t outrider_linear_bytes(const void* linear) { return static_cast<const Linear*>(linear)->bytes(); }
+
+// Packs its blocks into memory of so many bytes, which must outlive it.
+EXPORT void outrider_linear_pack(void* linear, uint8_t* memory, int64_t threads) {
+    Linear& made = *static_cast<Linear*>(linear);
+    made.place(memory);
     std::atomic<int64_t> next{0};
     in_parallel((int)threads, [&](int, int) {
-        for (int64_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < made->pack_units();) made->pack(u);
+        for (int64_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < made.pack_units();) made.pack(u);
     });
-    return made;
 }
 
 EXPORT void outrider_linear_free(void* linear) { delete static_cast<Linear*>(linear); }

@@ -115,6 +115,16 @@ class Linear {
     int64_t outputs() const { return n_; }
     int stores() const { return stores_; }
 
+    // What packed parts take in all. It is the caller's memory, 64 bytes aligned, so that all weights of a model can lie together.
+    int64_t bytes() const {
+        int64_t total = 0;
+        for (int64_t i = 0; i < parts_; ++i) total += part_[i].bytes();
+        return total;
+    }
+    void place(uint8_t* memory) {
+        for (int64_t i = 0; i < parts_; memory += part_[i++].bytes()) part_[i].packed = part_[i].bytes() ? memory : nullptr;
+    }
+
     // Packs group `unit` of the whole; units are independent of each other.
     int64_t pack_units() const {
         int64_t units = 0;
@@ -146,29 +156,24 @@ class Linear {
     }
 
    private:
-    struct Free {
-        void operator()(uint8_t* p) const { std::free(p); }
-    };
-
     struct Part {
         Layout layout{F32, 0, 0};
         int64_t first = 0;
         const void* data = nullptr;
-        std::unique_ptr<uint8_t, Free> packed;
+        uint8_t* packed = nullptr;
 
         bool build(const SegmentPointers& from, int64_t at, int64_t k, int& stores) {
             const Format f = (Format)from.format;
             layout = Layout(f, from.n, k), first = at, data = from.data;
             stores |= store_of(f);
-            if (f == F32 || f == BF16) return true;
-            if (!is_quantised(f) || k % layout.size.values || k == 0) return false;
-            packed.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (size_t)layout.bytes())));
-            return packed != nullptr;
+            return f == F32 || f == BF16 || (is_quantised(f) && k != 0 && k % layout.size.values == 0);
         }
+
+        int64_t bytes() const { return layout.format == F32 || layout.format == BF16 ? 0 : layout.bytes(); }
 
         int64_t row_bytes() const { return layout.blocks() * layout.size.bytes; }
         void pack(int64_t group) {
-            uint8_t* to = packed.get() + group * layout.group_bytes();
+            uint8_t* to = packed + group * layout.group_bytes();
             std::memset(to, 0, (size_t)layout.group_bytes());
             pack_group(layout, static_cast<const uint8_t*>(data), row_bytes(), group, to);
         }
@@ -177,7 +182,7 @@ class Linear {
             if (layout.format == F32) std::memcpy(out, static_cast<const float*>(data) + c * k, k * sizeof(float));
             else if (layout.format == BF16)
                 for (int64_t i = 0; i < k; ++i) out[i] = widen(static_cast<const bf16*>(data)[c * k + i]);
-            else unpack_column(layout, packed.get(), c, out);
+            else unpack_column(layout, packed, c, out);
         }
 
         void product(int64_t begin, int64_t end, int64_t k, const Input& x, int64_t row, int64_t rows, float* out, int64_t ldo) const {
@@ -206,7 +211,7 @@ class Linear {
             alignas(64) float total[MOST_ROWS * LANES * MOST_GROUPS];
             for (int64_t g = begin / LANES; g < last; g += step) {
                 const int64_t groups = last - g < step ? last - g : step;
-                const uint8_t* weights = packed.get() + g * layout.group_bytes();
+                const uint8_t* weights = packed + g * layout.group_bytes();
                 int64_t at = 0;
                 for (int64_t t = 0; t < tiles; ++t) {
                     const int64_t size = (rows - at + tiles - t - 1) / (tiles - t);

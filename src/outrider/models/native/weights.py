@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider.models.decoder import DecoderWeights, LayerWeights, taken
+from outrider.nn.large_pages import LargePages
 from outrider.nn.products import NativeLinear
 
 LINEARS = ("qkv", "o", "gate_up", "down", "router", "shared_gate_up", "shared_down", "shared_gate")
@@ -59,7 +60,7 @@ class NativeWeights:
     @classmethod
     def of(cls, library: ctypes.CDLL, w: DecoderWeights) -> NativeWeights:
         """Linears are taken one after the other: packed ones are let go of as soon as they are repacked."""
-        linear = partial(NativeLinear, library, twice=w.twice)
+        linear = partial(NativeLinear, library, twice=w.twice, memory=LargePages())
         embedding = linear(w.embedding)
         head = embedding if w.head is w.embedding else linear(w.head)
         return cls(embedding, _layers(linear, w.layers), w.norm.float().contiguous(), head, w.dtype)
