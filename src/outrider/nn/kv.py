@@ -32,7 +32,7 @@ class PagedKV:
     slots, capacity: sequences, and most tokens of each. page: places of a page. limit: pages in all; None: enough for every slot.
     attended: if it is not None, targets that can (the compiled decoder) store in it, for each slot, how much weight the last rows
     of its last forward gave to every `chunk` tokens, over all rows, heads and layers. Rows with a view tell nothing.
-    On a CPU memory is taken when a page is first used, not before.
+    On a CPU memory is taken when a page is first used, not before (see `nn.memory.lazy_zeros` for small caches).
 
     Full pages may be shared: `publish` makes those of a sequence known by their tokens, `share` gives them to another one that
     begins with the same tokens. Nobody writes into a shared page: who has to gets a copy. Known pages that no sequence holds stay

@@ -42,6 +42,13 @@ def wanted() -> bool:
     return sys.platform == "linux" and os.environ.get("OUTRIDER_LARGE_PAGES") != "0"
 
 
+def ask_for(room: mmap.mmap) -> None:
+    """Have the system take large pages for a range when it is written first."""
+    if wanted():
+        with suppress(OSError):  # a kernel without large pages
+            room.madvise(mmap.MADV_HUGEPAGE)
+
+
 class LargePages:
     """Memory for tensors that live about as long as one another, such as a model's weights: pieces of chunks in large pages.
 
@@ -81,8 +88,7 @@ def _chunk(size: int) -> Tensor | None:
         room = mmap.mmap(-1, size + LARGE, flags=flags)
     except OSError:
         return None
-    with suppress(OSError):  # a kernel without large pages
-        room.madvise(mmap.MADV_HUGEPAGE)
+    ask_for(room)
     every = torch.frombuffer(room, dtype=torch.uint8)
     before = -every.data_ptr() % LARGE
     return every[before : before + size]

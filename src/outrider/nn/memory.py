@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from outrider.errors import CapacityError
+from outrider.nn.large_pages import ask_for
 
 SMALL = 1 << 20
 """Bytes below which memory is taken at once."""
+SPARE = 20
+"""One part of so many of what is free may be taken before it is needed."""
 
 
 def available_memory(device: torch.device | str = "cpu") -> int | None:
@@ -44,7 +47,11 @@ def require_weights(parameters: int, dtype: torch.dtype, device: torch.device, r
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU memory is taken when it is first written, so that room for what may never come costs nothing."""
+    """Zeros; on a CPU memory is taken when it is first written, so that room for what may never come costs nothing.
+
+    In large pages, which caches are read faster in, a few numbers here and there take all of it: those are for what is a small part
+    of the free memory.
+    """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < SMALL:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -54,6 +61,8 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
         raise CapacityError(
             f"{_readable(size)} could not be reserved: lower max_length or the number of slots"
         ) from None
+    if size <= (available_memory(device) or 0) // SPARE:
+        ask_for(room)
     return torch.frombuffer(room, dtype=dtype).view(shape)
 
 
