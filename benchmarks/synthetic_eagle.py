@@ -106,7 +106,7 @@ def eagle_folder(folder: Path, name: str, target: Any) -> Path:
         c.head_dim, c.inner // width, draft_vocab=0 if vocabulary == 1 else c.vocab_size // vocabulary,
     )  # fmt: skip
     support = None if vocabulary == 1 else torch.arange(0, c.vocab_size, vocabulary)
-    network, noise = Eagle3Network(config, support), torch.Generator().manual_seed(1)
+    network, noise = Eagle3Network(config, support).requires_grad_(False), torch.Generator().manual_seed(1)
     for parameter in network.parameters():
         if parameter.dim() == 2:
             parameter.normal_(std=0.02, generator=noise)
