@@ -165,7 +165,7 @@ def _follow(logits: Float[Tensor, "n V"]) -> int:
     p = torch.softmax(logits, -1)
     if len(p) > 1:
         torch.minimum(p[1:], p[:-1]).sum(-1).tolist()
-    return int((p[-1] / torch.empty_like(p[-1]).exponential_()).argmax())
+    return int(torch.searchsorted(p[-1].double().cumsum(-1), 0.5))  # tokens are drawn by running sums
 
 
 @torch.inference_mode()
