@@ -10,7 +10,7 @@ tokens (a softmax and a draw for a drafted token, a softmax and a rule for a ver
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from outrider.models.restricted import Restricted
 from outrider.models.token_use import TokenUse, logits_on
-from outrider.protocols import KVCache, Target
+from outrider.protocols import Target
 from outrider.theory.replay import Drafting, Text, replay
 from outrider.types import Draft, Rows
 
@@ -29,7 +29,7 @@ SMALLEST = 1024
 PAYS = 1.02
 """The least gain that `auto` takes: less is within what times of forwards vary by."""
 ROUNDS = 7
-"""Forwards that are timed; the fastest counts."""
+"""Steps that are timed."""
 READ = 16
 """Tokens in the cache of a timed forward."""
 LEAST_LOG = -100.0
@@ -107,8 +107,8 @@ def choose(
     if wanted is None and min(best.gains) < PAYS:
         return None, best
     made = probe if best.reduced.kept == sizes[0] else Restricted(draft, order[: best.reduced.kept], name)
-    seconds = _seconds(made, made.new_kv(1, READ + length + 1), 1)
-    return made, replace(best, reduced=replace(best.reduced, seconds=seconds))
+    again = times if made is probe else token_times(draft, made, target, length, 1)
+    return made, replace(best, reduced=replace(best.reduced, seconds=again.part))
 
 
 def sizes_of(vocab_size: int) -> list[int]:
@@ -134,30 +134,38 @@ class TokenTimes:
         return self.part + slope * (share - 1 / self.ratio)
 
 
-def token_times(draft: Target, part: Target, target: Target, length: int, ratio: float) -> TokenTimes:
-    """Measured with one sequence; the two drafts in turn, so that a busy moment does not decide."""
-    room = READ + length + 1
-    caches = [m.new_kv(1, room) for m in (draft, part)]
-    pairs = [[_seconds(m, kv, 1, rounds=1) for m, kv in zip((draft, part), caches, strict=True)] for _ in range(ROUNDS)]
-    full, reduced = (min(column) for column in zip(*pairs, strict=True))
-    return TokenTimes(full, reduced, ratio, _seconds(target, target.new_kv(1, room), length + 1))
-
-
 @torch.inference_mode()
-def _seconds(model: Target, kv: KVCache, rows: int, rounds: int = ROUNDS) -> float:
-    """Seconds of a forward of so many scored rows behind READ tokens and of what follows it: the fastest of some."""
-    if not kv.length[0]:
-        first = Rows.assemble([0], [[0] * READ], [0], Draft.empty(0, model.device), [False])
-        model.forward(first, kv)
-        kv.commit(first, [()])
+def token_times(draft: Target, part: Target, target: Target, length: int, ratio: float) -> TokenTimes:
+    """Measured with one sequence as in steps: a verification, then a draft of `length` tokens, whose weights the verification has
+    driven out of the caches; the two drafts in turn, so that a busy moment does not decide. Medians."""
+    verify = _timed(target, length + 1)
+    full, reduced = (_timed(m, 1) for m in (draft, part))
+    spent = np.array([[verify(), _total(full, length), verify(), _total(reduced, length)] for _ in range(ROUNDS + 1)])
+    target_, whole, _, cut = np.median(spent[1:], 0).tolist()  # the first round prepares
+    return TokenTimes(whole / length, cut / length, ratio, target_)
+
+
+def _total(call: Callable[[], float], times: int) -> float:
+    return sum(call() for _ in range(times))
+
+
+def _timed(model: Target, rows: int) -> Callable[[], float]:
+    """Makes a forward of so many scored rows behind READ tokens, does what follows it, and gives its seconds."""
+    kv = model.new_kv(1, READ + rows)
+    first = Rows.assemble([0], [[0] * READ], [0], Draft.empty(0, model.device), [False])
+    model.forward(first, kv)
+    kv.commit(first, [()])
     tree = Draft.join([([0] * (rows - 1), list(range(-1, rows - 2)))], device=model.device)
-    asked, spent = Rows.assemble([0], [[0]], [READ], tree), list[float]()
-    for _ in range(rounds + 1):  # the first one prepares
+    asked = Rows.assemble([0], [[0]], [READ], tree)
+
+    def call() -> float:
         began = time.perf_counter()
         _follow(model.forward(asked, kv).logits)
-        spent.append(time.perf_counter() - began)
+        spent = time.perf_counter() - began
         kv.truncate(0, READ)
-    return min(spent[1:])
+        return spent
+
+    return call
 
 
 def _follow(logits: Float[Tensor, "n V"]) -> int:
