@@ -8,6 +8,8 @@ residual stream is the same everywhere, untouched by all layers, and the head we
 shuffled over the ids. So some thousand tokens make up most of what the target writes, as with trained models.
 
 `measure` decodes plainly, with the whole head and with restricted ones in turns; it prints what was predicted beside what came out.
+Its texts begin as those that rank the tokens, with pieces of Python (other ones), or with drawn tokens (`--prompts drawn`): what is
+predicted of a part of the vocabulary holds for text like that which ranked the tokens.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ from synthetic_files import save, write_json
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from outrider.build import build_engine, companion
+from outrider.assets import shipped_prompts
+from outrider.build import Engine, build_engine, companion
 from outrider.evaluate.measure import Arm, run_arms
 from outrider.evaluate.records import ArmSummary, summarise
 from outrider.models.restricted import Restricted
+from outrider.models.token_use import PROMPT
 from outrider.params import SamplingParams
 
 SIZE = Size(layers=16, hidden=512, heads=8, inner=1408, vocab=131072)
@@ -97,12 +101,21 @@ def scale_for(logits: Float[Tensor, "n V"], prior: Float[Tensor, "V"], nats: flo
     return (low * high) ** 0.5
 
 
-def measure(folder: Path, vocabularies: list[str], length: int, count: int, tokens: int, repeats: int) -> None:
+def prompts_of(kind: str, engine: Engine, count: int) -> list[list[int]]:
+    """Beginnings of texts: what follows the pieces of code that rank tokens, or drawn tokens."""
+    if kind == "drawn":
+        noise = torch.Generator().manual_seed(3)
+        return [torch.randint(engine.parts.target.vocab_size, (16,), generator=noise).tolist() for _ in range(count)]
+    texts = [engine.encode(prompt) for prompt in shipped_prompts()]
+    return [t[PROMPT : PROMPT + 16] for t in texts if len(t) >= PROMPT + 16][:count]
+
+
+def measure(
+    folder: Path, kind: str, vocabularies: list[str], length: int, count: int, tokens: int, repeats: int
+) -> None:
     """Decode with every vocabulary in turns; the whole head is the base."""
     engine = build_engine(folder / "target-bfloat16", "none", slots=1, max_length=256)
-    draft, noise = str(folder / "draft-bfloat16"), torch.Generator().manual_seed(3)
-    vocab = engine.parts.target.vocab_size
-    texts = [torch.randint(vocab, (16,), generator=noise).tolist() for _ in range(count)]
+    draft, texts = str(folder / "draft-bfloat16"), prompts_of(kind, engine, count)
     whole = companion(engine, draft, length=length)
     arms = [Arm("whole head", whole), Arm("plain", engine)]
     arms += [Arm(f"vocabulary {v}", companion(whole, draft_vocabulary=v)) for v in vocabularies]
@@ -122,7 +135,8 @@ def line(temperature: float, row: ArmSummary) -> str:
     c, r = row.counts, row.speedup
     drafted = "" if not c.judged else (
         f"  acceptance {c.accepted / c.judged:.3f}  {c.tokens / c.steps:.2f} tokens a step"
-        f"  {1e3 * row.phases['draft'] / max(1, c.proposed):.2f} ms a drafted token"
+        f"  {1e3 * row.phases['draft'] / max(1, c.proposed):.2f} ms a drafted token,"
+        f" {1e3 * (row.seconds - row.phases['draft']) / c.steps:.2f} ms a step besides"
     )  # fmt: skip
     ratio = "" if r is None else f"  {r.value:.2f} ({r.low:.2f} to {r.high:.2f}) of the whole head"
     return f"T={temperature:g}  {row.name:20} {row.tokens_per_second:6.1f} tokens/s{drafted}{ratio}"
@@ -134,8 +148,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "128k")
     parser.add_argument("--acceptance", type=float, default=0.75, help="of the pair that is built, about")
     parser.add_argument("--vocabulary", action="append", help="a number of tokens or auto; repeatable, default auto")
+    parser.add_argument("--prompts", choices=("code", "drawn"), default="code")
     parser.add_argument("--length", type=int, default=3)
-    parser.add_argument("--count", type=int, default=4, help="prompts")
+    parser.add_argument("--count", type=int, default=4, help="texts")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     asked = parser.parse_args()
@@ -143,7 +158,15 @@ def main() -> None:
         with torch.no_grad():
             print(json.dumps(build(asked.folder, asked.acceptance)))
         return
-    measure(asked.folder, asked.vocabulary or ["auto"], asked.length, asked.count, asked.tokens, asked.repeats)
+    measure(
+        asked.folder,
+        asked.prompts,
+        asked.vocabulary or ["auto"],
+        asked.length,
+        asked.count,
+        asked.tokens,
+        asked.repeats,
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from outrider.cli.main import main
 from outrider.drafters.medusa.format import MedusaConfig
 from outrider.errors import ConfigError
 from outrider.evaluate.bench.chart import measured
-from outrider.evaluate.bench.presets import PRESETS, Spec, arms_of, by_length, preset
+from outrider.evaluate.bench.presets import PRESETS, Spec, arms_of, by_length, present, preset, rivals
 from outrider.evaluate.bench.scale import Measured, carry_over, devices_for, drafter_of, predict_arm, survival
 from outrider.evaluate.records import Record
 from outrider.evaluate.statistics.ratios import Ratio, ratio_of_sums
@@ -122,6 +122,17 @@ def test_presets_are_data() -> None:
         preset("chrat")
 
 
+def test_arms_are_compared_with_the_draft_models_of_a_preset_or_with_those_that_are_named() -> None:
+    assert rivals(PRESETS["chart"]) == ("draft model, 3", "draft model, 5")
+    assert rivals(by_length([0, 2])) == ()
+    assert rivals(PRESETS["chart"], ["EAGLE, chain", "plain", "plain"]) == ("EAGLE, chain", "plain")
+    with pytest.raises(ConfigError, match="did you mean 'EAGLE, chain'"):
+        rivals(PRESETS["chart"], ["EAGLE, chian"])
+    present(["plain"], {"Medusa": "no folder"})
+    with pytest.raises(ConfigError, match="'Medusa': no folder"):
+        present(["plain", "Medusa"], {"Medusa": "no folder"})
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A target with a draft and heads beside it, and nothing else."""
@@ -168,10 +179,19 @@ def test_the_command_draws_both_charts(place: Path, monkeypatch, capsys) -> None
     assert "PREDICTED" in predicted
     assert "PREDICTED" not in (place / "figures" / "measured.svg").read_text()
     assert page.count("<figure") == 2
+    for name in ("draft model, 3", "draft model, 5"):  # what a preset's other arms are compared with
+        assert all((name in row["against"]) == (row["name"] != name) for row in found["arms"])
+        assert f"<h2>Speed over {name}</h2>" in page
+    heads = next(row for row in found["arms"] if row["name"] == "Medusa")["against"]["draft model, 5"]
+    speeds = {row["name"]: row["tokens_per_second"] for row in found["arms"]}
+    assert heads["value"] == pytest.approx(speeds["Medusa"] / speeds["draft model, 5"])
+    assert heads["low"] <= heads["value"] <= heads["high"]
     assert "<?xml" not in page
 
 
-@pytest.mark.parametrize("wrong", [["--figures", "x"], ["--preset", "chart", "--hardware", "toaster"]])
+@pytest.mark.parametrize(
+    "wrong", [["--figures", "x"], ["--preset", "chart", "--hardware", "toaster"], ["--against", "length 3"]]
+)
 def test_wrong_use_is_refused(wrong: list[str], monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["outrider", "bench", *wrong])
     with pytest.raises(SystemExit) as end:

@@ -174,6 +174,18 @@ def test_bench_reports_cost_energy_memory_and_spec_bench_numbers(run, tmp_path: 
     assert run(*BENCH, "--compat", "other")[0] == 2 and run(*BENCH, "--compat", "spec-bench", "--batch", 2)[0] == 2
 
 
+def test_bench_compares_arms_with_any_other_one(run) -> None:
+    asked = ("bench", "--lengths", "0,1,2", *BENCH[3:], "--against", "length 2", "--against", "plain")
+    document = json.loads(run(*asked, "--json")[1])
+    plain, one, two = document["arms"]
+    assert set(plain["against"]) == {"length 2"} and set(two["against"]) == {"plain"}
+    assert two["against"]["plain"] == two["speedup"] and one["against"]["plain"] == one["speedup"]
+    assert one["against"]["length 2"]["value"] == pytest.approx(one["tokens_per_second"] / two["tokens_per_second"])
+    text = run(*asked)[1]
+    assert "speed over other arms" in text and "over length 2" in text.replace("\n", " ")
+    assert "speed over other arms" not in run(*BENCH)[1]
+
+
 def test_a_prompt_that_does_not_fit_is_an_outcome(run, tmp_path: Path) -> None:
     """It is counted, its group enters no rate of any arm, and the others are measured."""
     prompts = tmp_path / "p.txt"

@@ -13,7 +13,7 @@ from outrider.errors import ConfigError
 from outrider.evaluate.bench import spec_bench as sb
 from outrider.evaluate.bench.gate import comparable
 from outrider.evaluate.energy import Meter
-from outrider.evaluate.records import Record, Timing, summarise
+from outrider.evaluate.records import Record, Timing, speed_over, summarise
 from outrider.evaluate.statistics.ratios import margin, paired_ratio
 from outrider.records import PHASES, Counts
 
@@ -149,6 +149,57 @@ def test_spec_bench_numbers_are_those_of_its_formulas() -> None:
     assert by["qa"].questions == 2 and by["mt_bench"].speedup == pytest.approx(10 / 4.5)
     # ours weighs tokens, not questions, and counts both arms alike
     assert summarise(records, "plain")[1].speedup.value == pytest.approx((46 / 10) / (46 / 14))
+
+
+# ----------------------------------------------------------------- any arm over any other
+def noisy(arm: str, speed: float, noise: float, tokens: int = 60) -> list[Record]:
+    """20 prompts, twice each: a prompt's pace is its own in every arm, and an arm adds noise of its own."""
+    pace = np.random.default_rng(3).lognormal(0, 0.6, 20)
+    own = np.random.default_rng(len(arm)).lognormal(0, noise, (20, 2)) if noise else np.ones((20, 2))
+    return [
+        record(arm, g, tokens / speed * pace[g] * own[g, repeat], tokens, counts([1]), repeat)
+        for g in range(20)
+        for repeat in range(2)
+    ]
+
+
+def test_an_arm_is_itself() -> None:
+    two = noisy("two", 2.0, 0.1)
+    found = speed_over(two, two)
+    assert (found.value, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0), abs=1e-12)
+
+
+def test_over_plain_is_the_speed_up_to_the_bit_and_other_figures_stay() -> None:
+    records = [*noisy("plain", 1.0, 0.1), *noisy("two", 2.0, 0.1), *noisy("four", 3.0, 0.2)]
+    alone, more = summarise(records, "plain"), summarise(records, "plain", ("plain", "two"))
+    for before, arm in zip(alone, more, strict=True):
+        assert replace(arm, against={}) == before
+        assert arm.against.get("plain") == arm.speedup
+    plain, two, four = more
+    assert set(plain.against) == {"two"} and set(two.against) == {"plain"} and set(four.against) == {"plain", "two"}
+    assert four.against["two"] == speed_over(noisy("four", 3.0, 0.2), noisy("two", 2.0, 0.1))
+
+
+def test_a_known_ratio_between_two_drafters_comes_out_and_its_interval_is_paired() -> None:
+    """Arms without noise of their own differ by 1.5 on every prompt: the interval has no width, though prompts differ much.
+
+    Control: of the same arms, unpaired, the interval is wide.
+    """
+    records = [*noisy("plain", 1.0, 0.3), *noisy("two", 2.0, 0.0), *noisy("four", 3.0, 0.0)]
+    four = summarise(records, "plain", ("two",))[2]
+    found = four.against["two"]
+    assert (found.value, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
+    shuffled = [replace(r, group=(r.group + 7) % 20) if r.arm == "two" else r for r in records]
+    apart = summarise(shuffled, "plain", ("two",))[2].against["two"]
+    assert apart.value == pytest.approx(1.5) and apart.low < 1.2 and apart.high > 1.8
+
+
+def test_a_failed_group_is_part_of_no_comparison() -> None:
+    records = [*noisy("plain", 1.0, 0.1), *noisy("two", 2.0, 0.1), *noisy("four", 3.0, 0.2)]
+    broken = [replace(r, failed=1, seconds=1e3) if r.key == ("plain", 4, 1) else r for r in records]
+    left = [r for r in records if (r.group, r.repeat) != (4, 1)]
+    assert summarise(broken, "plain", ("two",))[2].against == summarise(left, "plain", ("two",))[2].against
+    assert summarise(records, "plain", ("two",))[2].against != summarise(left, "plain", ("two",))[2].against
 
 
 def test_answer_files_have_the_harness_fields_and_leave_failures_out() -> None:

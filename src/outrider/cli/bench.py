@@ -42,15 +42,17 @@ def bench(options: EngineOptions, asked: BenchOptions, sampling: Any, json: Json
     from outrider.evaluate.store.store import fingerprint
 
     specs = presets.by_length(lengths) if asked.preset is None else presets.preset(asked.preset)
+    rivals = presets.rivals(specs, asked.against)
     draft = options.draft if asked.preset is None else "none"
     engine = load_engine(replace(options, draft=draft, length=max(s.length for s in specs), slots=asked.batch))
     prompts = ready(engine, asked.prompts, rows, asked.chat_template, whole=True)
     arms, absent = presets.arms_of(engine, specs, options.draft)
     tell_absent(engine, arms, absent)
+    presets.present(asked.against or (), absent)
     log = RunLog(asked.store, asked.name, configuration(options, asked, sampling, specs, prompts))
     records = measure(arms, prompts, sampling, asked.plan, log, engine.parts.target if asked.quality else None)
     document = doc.to_document(
-        summarise(records, arms[0].name), engine, sampling, asked.batch, asked.repeats, asked.price_per_hour
+        summarise(records, arms[0].name, rivals), engine, sampling, asked.batch, asked.repeats, asked.price_per_hour
     )
     document |= {"prompts": fingerprint(prompts.ids), "absent": absent, "seed": asked.seed, "data": prompts.data}
     doc.name_parts(document, arms)

@@ -53,6 +53,15 @@ class BenchOptions:
         ),
     ] = None
     chat_template: ChatTemplate = True
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            help="Compare every arm with this one as well, as with the base: an arm's name, as 'length 2' or 'EAGLE, chain'; "
+            "repeatable. Default: the draft model's arms of a preset.",
+            show_default=False,
+        ),
+    ] = None
     count: Annotated[int, typer.Option("--count", min=2, help="Prompts used, from the start of the set.")] = 16
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts decoded at the same time.")] = 1
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured runs of each arm on each prompt.")] = 3

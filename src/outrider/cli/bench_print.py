@@ -52,6 +52,7 @@ def print_table(d: dict[str, Any]) -> None:
             phase_bar(arm["phases"], 0 if terminal.plain(console) else 10),
         )
     tables.show(table, console)
+    print_against(console, d["arms"])
     if "data" in d:
         console.print(f"prompts: {told(d['data'])}")
     print_costs(console, d)
@@ -86,6 +87,20 @@ def print_chart(console: Any, chart: dict[str, Any]) -> None:
         table.add_row(row["name"], speed, length, f"{row['draft_ms']:.3f}", by_position)
     tables.show(table, console)
     console.print(f"charts: {', '.join(chart['files'])} (predicted bars are of {chart['predicted']['hardware']})")
+
+
+def print_against(console: Any, arms: list[dict[str, Any]]) -> None:
+    """Every arm over other arms than the base, where they were compared; documents of older releases have none."""
+    others = dict.fromkeys(name for arm in arms for name in arm.get("against", {}))
+    if not others:
+        return
+    table = Table(title="speed over other arms, 95% over prompts", title_justify="left")
+    for column in ("arm", *(f"over {name}" for name in others)):
+        table.add_column(column, overflow="fold")
+    for arm in arms:
+        found = arm.get("against", {})
+        table.add_row(arm["name"], *(speedup_text(found[name]) if name in found else "" for name in others))
+    tables.show(table, console)
 
 
 def print_costs(console: Any, d: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -78,7 +78,10 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class ArmSummary:
-    """One arm over all its records: rates as ratios of sums, the spread over records, and the ratio to the base arm."""
+    """One arm over all its records: rates as ratios of sums, the spread over records, and the ratio to the base arm.
+
+    against: the same ratio to other arms of the run, by their names.
+    """
 
     name: str
     tokens: int
@@ -95,10 +98,14 @@ class ArmSummary:
     latency: dict[str, dict[str, float]] = field(default_factory=dict)
     nll: float | None = None
     joules: float | None = None
+    against: Mapping[str, Ratio] = field(default_factory=dict)
 
 
-def summarise(records: list[Record], base: str) -> list[ArmSummary]:
-    """Per arm, in order of first appearance with the base first. low and high: 10th and 90th percentile over records."""
+def summarise(records: list[Record], base: str, against: Sequence[str] = ()) -> list[ArmSummary]:
+    """Per arm, in order of first appearance with the base first. low and high: 10th and 90th percentile over records.
+
+    against: arms that every other one is compared with as well, as it is with the base. Those without records are left out.
+    """
     names = sorted(
         {r.arm for r in records}, key=lambda n: (n != base, next(i for i, r in enumerate(records) if r.arm == n))
     )
@@ -114,7 +121,7 @@ def summarise(records: list[Record], base: str) -> list[ArmSummary]:
         for r in mine:
             counts.merge(r.counts)
         rates = [r.tokens / r.seconds for r in mine]
-        speedup = None if name == base else paired_ratio(*_by_group(mine), *_by_group(per_arm[base]))
+        over = {n: speed_over(mine, per_arm[n]) for n in (base, *against) if n != name and per_arm.get(n)}
         low, median, high = np.quantile(rates, [0.1, 0.5, 0.9])
         tokens, seconds = sum(r.tokens for r in mine), sum(r.seconds for r in mine)
         phases = {p: sum(r.phases[p] for r in mine) for p in PHASES}
@@ -131,11 +138,12 @@ def summarise(records: list[Record], base: str) -> list[ArmSummary]:
                 phases,
                 counts,
                 failed,
-                speedup,
+                over.get(base),
                 sum(r.loops for r in mine),
                 latency(mine),
                 _mean_nll(mine),
                 None if any(r.joules is None for r in mine) else sum(r.joules or 0.0 for r in mine),
+                {n: over[n] for n in against if n in over},
             )
         )
     return out
@@ -166,7 +174,12 @@ def _mean_nll(records: list[Record]) -> float | None:
     return sum(r.nll or 0.0 for r in records) / max(1, sum(r.tokens for r in records))
 
 
-def _by_group(records: list[Record]) -> tuple[np.ndarray, np.ndarray]:
+def speed_over(ours: Sequence[Record], base: Sequence[Record]) -> Ratio:
+    """Tokens per second of one arm over those of another on the same groups, paired by group; no record of a failed one."""
+    return paired_ratio(*_by_group(ours), *_by_group(base))
+
+
+def _by_group(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
     groups = sorted({r.group for r in records})
     tokens = np.array([sum(r.tokens for r in records if r.group == g) for g in groups], dtype=float)
     seconds = np.array([sum(r.seconds for r in records if r.group == g) for g in groups], dtype=float)
@@ -178,4 +191,6 @@ def as_json(summary: ArmSummary) -> dict[str, object]:
     out = asdict(summary)
     if summary.speedup is not None:
         out["speedup"]["verdict"] = summary.speedup.verdict
+    for name, ratio in summary.against.items():
+        out["against"][name]["verdict"] = ratio.verdict
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,6 +75,27 @@ def by_length(lengths: Sequence[int]) -> tuple[Spec, ...]:
         Spec("plain" if n == 0 else f"length {n}", "none" if n == 0 else None, n, "nothing" if n == 0 else "model")
         for n in lengths
     )
+
+
+def rivals(specs: Sequence[Spec], asked: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The arms that all others are compared with besides the base: those that were asked for, else the draft model's.
+
+    Raises ConfigError for a name that no arm has.
+    """
+    if not asked:
+        return tuple(s.name for s in specs if s.draft == DRAFT)
+    known = [s.name for s in specs]
+    for name in asked:
+        if name not in known:
+            raise ConfigError(unknown_name("arm", name, known))
+    return tuple(dict.fromkeys(asked))
+
+
+def present(asked: Sequence[str], absent: Mapping[str, str]) -> None:
+    """ConfigError where an arm that others are to be compared with cannot be had."""
+    for name in asked:
+        if name in absent:
+            raise ConfigError(f"nothing can be compared with {name!r}: {absent[name]}")
 
 
 def arms_of(engine: Engine, specs: Sequence[Spec], draft: str = "auto") -> tuple[list[Arm], dict[str, str]]:

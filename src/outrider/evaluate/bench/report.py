@@ -32,6 +32,7 @@ def write_html(path: Path, document: dict[str, Any], records: Sequence[Record], 
         *(f"<figure style='margin:1em 0'>{svg}</figure>" for svg in figures),
         "<h2>Speed-up over plain decoding</h2><p>Ratio of total times on the same prompts; 95% interval over prompts.</p>",
         intervals("speed-up", ratios, "speed-up, 1 = plain decoding", 1.0),
+        *over_others(arms),
         "<h2>Tokens per second</h2><p>Median over records, and the range of the middle 80%.</p>",
         intervals("tokens per second", [(a["name"], a["median"], a["low"], a["high"]) for a in arms], "tokens per second"),
         "<h2>Where the time goes</h2><p>Milliseconds per emitted token.</p>",
@@ -44,6 +45,19 @@ def write_html(path: Path, document: dict[str, Any], records: Sequence[Record], 
         table(["", ""], [(k, v) for k, v in document["machine"].items()]),
     ]  # fmt: skip
     write_page(path, page("Benchmark", body))
+
+
+def over_others(arms: Sequence[dict[str, Any]]) -> list[str]:
+    """Every arm over other arms than the base, a plot for each of those."""
+    out = []
+    for other in dict.fromkeys(name for a in arms for name in a.get("against", {})):
+        found = [(a["name"], a["against"][other]) for a in arms if other in a.get("against", {})]
+        ratios = [(name, *(r[k] for k in ("value", "low", "high"))) for name, r in found]
+        out += [
+            f"<h2>Speed over {escaped(other)}</h2><p>The same ratio with this arm as the base.</p>",
+            intervals(f"speed over {other}", ratios, f"speed, 1 = {other}", 1.0),
+        ]
+    return out
 
 
 def unfinished(records: Sequence[Record]) -> list[str]:
