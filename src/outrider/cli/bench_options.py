@@ -25,8 +25,8 @@ class BenchOptions:
         typer.Option(
             "--preset",
             help="chart: plain decoding, draft model, Medusa, EAGLE, block diffusion, n-gram and suffix decoding in one "
-            "run, with charts; untrained: n-gram, suffix decoding, recycled tokens and the draft model. Replaces "
-            "--lengths; --draft then names the draft model.",
+            "run, with charts; untrained: n-gram, suffix decoding, recycled tokens and the draft model; eagle: EAGLE and the "
+            "draft model, for many prompts. Replaces --lengths; --draft then names the draft model.",
             show_default=False,
         ),
     ] = None

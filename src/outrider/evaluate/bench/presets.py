@@ -39,6 +39,11 @@ PRESETS: dict[str, tuple[Spec, ...]] = {
         Spec("n-gram", "ngram", 5, "nothing"),
         Spec("suffix", "suffix", 8, "nothing"),
     ),
+    "eagle": (
+        Spec("plain", "none", 0, "nothing"),
+        Spec("draft model, 5", DRAFT, 5),
+        Spec("EAGLE, chain", "eagle", 5, "layer"),
+    ),
     "untrained": (
         Spec("plain", "none", 0, "nothing"),
         Spec("n-gram", "ngram", 8, "nothing"),
