@@ -15,6 +15,7 @@ import pytest
 
 from outrider.errors import ConfigError
 from outrider.integrations import vllm
+from outrider.integrations.vllm import worker
 from outrider.integrations.vllm.endpoint import Ours, describe
 from outrider.integrations.vllm.monitor import VllmMonitor
 from outrider.integrations.vllm.served import Server
@@ -22,6 +23,7 @@ from outrider.integrations.vllm.settings import Settings
 from outrider.integrations.vllm.status import parts_of
 from outrider.integrations.vllm.sums import StepSums
 from outrider.integrations.vllm.worker import Ledgered
+from outrider.nn.large_pages import Gathered
 from outrider.records import Counts
 from tests.integrations.vllm_stubs import config
 
@@ -104,6 +106,7 @@ def report(**tap: Any) -> dict[str, Any]:
         "note": {"outlook": [2, 3, 1.4, 0.01, 0.3], "speeds": [[0, 1.0, 1.0, 1.0], [3, 2.0, 1.4, 1.43]]},
         "proposer": None,
         "repair": "repaired",
+        "large_pages": {"bytes": 5 << 20, "of": 7 << 20},
     }
 
 
@@ -157,6 +160,8 @@ def test_evidence_against_a_worker_that_rejects_more_than_it_predicts() -> None:
 def test_parts_say_which_setting_switched_what_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "outrider,outrider_ledger,outrider_http")
     assert all(row["live"] for row in parts_of(config(), report(), True))
+    found = {row["part"]: row["found"] for row in parts_of(config(), report(), True)}
+    assert found["large pages"] == "5 of 7 MB of weights, keys and values moved there"
     monkeypatch.setenv("VLLM_PLUGINS", "outrider_http")
     off = {row["part"]: row["remedy"] for row in parts_of(config(), None, False) if not row["live"]}
     assert "VLLM_PLUGINS=outrider,outrider_ledger,outrider_http" in off["ledger"] and "ledger" in off
@@ -214,6 +219,33 @@ def test_a_rule_that_is_not_in_place_is_no_rule() -> None:
     assert Worker(config()).load_model() == "loaded"
     with pytest.raises(ConfigError, match="'block' cannot take the place"):
         Worker(config(rule="block")).load_model()
+
+
+@pytest.mark.parametrize(("device", "moved"), [("cpu", (5, 7)), ("cuda:0", (0, 0))])
+def test_a_worker_moves_what_it_has_loaded_into_large_pages_on_cpus_alone(
+    device: str, moved: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights first, keys and values when they are there; it tells the sums."""
+    calls = iter([Gathered(3, 4), Gathered(2, 3)])
+    monkeypatch.setattr(worker, "gather", lambda: next(calls))
+
+    class Theirs:
+        vllm_config = SimpleNamespace(speculative_config=None)
+        model_runner = SimpleNamespace(device=device)
+
+        def load_model(self) -> None: ...
+
+        def compile_or_warm_up_model(self) -> str:
+            return "warm"
+
+    class Worker(Ledgered, Theirs):
+        """Ours before theirs."""
+
+    one, other = Worker(), Worker()
+    one.load_model()
+    assert one.compile_or_warm_up_model() == "warm"
+    assert one.gathered == moved
+    assert other.gathered == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,9 @@ def parts_of(config: Any, report: dict[str, Any] | None, ledger: bool) -> list[d
     method = f"{speculative.method}, at most {speculative.num_speculative_tokens} tokens"
     out.append(part("speculation", True, method))
     out += [_worker(report), _repair(report, general), _lengths(config, report), _rule(config, report)]
+    if report is not None and report["large_pages"]["of"]:  # on CPUs whose system has them
+        moved, of = (report["large_pages"][name] >> 20 for name in ("bytes", "of"))
+        out.append(part("large pages", True, f"{moved} of {of} MB of weights, keys and values moved there"))
     if speculative.method == "custom_class":
         own = (report or {}).get("proposer")
         told = speculative.model if own is None else f"{own['drafter']}, {own['faults']} faults"
