@@ -7,10 +7,12 @@ import mmap
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from outrider.models.checkpoint import Checkpoint
 from outrider.models.load import load_target
 from outrider.nn.large_pages import CHUNK, LARGE, LEAST, LargePages, gather
 from outrider.types import Draft, Rows
@@ -21,6 +23,9 @@ linux = pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="need
 large = pytest.mark.skipif(
     not _SETTING.exists() or "[never]" in _SETTING.read_text(), reason="this system has no large pages"
 )
+SIZES: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "dtype": torch.bfloat16
+}  # fmt: skip
 
 
 def status(name: str) -> int:
@@ -67,25 +72,23 @@ def test_chunks_are_given_back_with_their_last_tensor():
 
 @linux
 @large
-def test_weights_lie_in_large_pages_and_score_the_same(tmp_path, monkeypatch):
-    """Control: switched off, no large page is there."""
-    folder = make_checkpoint(
-        tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=3, dtype=torch.bfloat16
-    )
-    rows = Rows.assemble([0], [[3, 5, 7]], [0], Draft.empty(1))
-    found = {}
+def test_weights_that_stay_together_lie_in_large_pages(tmp_path):
+    """Control: weights that may be let go of one by one do not."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path, **SIZES))
+    for memory in (LargePages(), None):
+        weights = checkpoint.read(torch.bfloat16, memory=memory)
+        assert isinstance(weights.layers, tuple) and isinstance(weights.layers[1].gate_up, torch.Tensor)
+        assert _advised(weights.layers[1].gate_up.data_ptr()) == (memory is not None)
+
+
+def test_scores_are_the_same_wherever_weights_lie(tmp_path, monkeypatch):
+    folder = make_checkpoint(tmp_path, **SIZES)
+    rows, found = Rows.assemble([0], [[3, 5, 7]], [0], Draft.empty(1)), []
     for setting in ("0", "1"):
         monkeypatch.setenv("OUTRIDER_LARGE_PAGES", setting)
         target = load_target(folder)
-        found[setting] = target.forward(rows, target.new_kv(1, 8)).logits, _advised(_weights_of(target))
-    assert torch.equal(found["0"][0], found["1"][0])
-    assert not found["0"][1]
-    assert found["1"][1]
-
-
-def _weights_of(target) -> int:
-    """Where a matrix of the first block begins."""
-    return target.native.weights.layers[0].linears["gate_up"]._plain[0].data_ptr()
+        found.append(target.forward(rows, target.new_kv(1, 8)).logits)
+    assert torch.equal(*found)
 
 
 def _advised(address: int) -> bool:
