@@ -6,7 +6,9 @@ Two processes with vLLM in each, one plain and one with our scheduler; only one 
 Where a process happens to place its weights is worth some per cent, so there are several such pairs, one after another.
 Every round runs each arm once at each load, in shuffled order. A load is a number of sequences that stays: a request that ends is
 followed by the next one, and the clock stops when none is left to follow. (A batch that runs empty spends half of its steps at
-lower loads, and is as slow as its slowest sequence, which the lengths of the others do not change.) The adaptive arm keeps what it
+lower loads, and is as slow as its slowest sequence, which the lengths of the others do not change.) Requests differ in how many
+tokens they ask for, the same in every arm: of equal ones plain decoding ends all in one step, and its clock would stop before their
+followers' prompts are read, which every arm that drafts reads. The adaptive arm keeps what it
 has learnt between its turns, and learns for some runs before the first round; `learning` is the price of that. Prints ratios to
 plain of sums over rounds, with 95% intervals. The fixed length that the adaptive arm is compared with in a round is the best one of
 the other rounds: the best of five in the same rounds would be the luckiest too.
@@ -22,14 +24,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from vllm_inside import FOLDERS, speculative, started
 
-TOKENS = 96
-LOADS = {1: 2, 8: 14}
+TOKENS = (48, 144)
+"""The fewest and the most that a request asks for."""
+LOADS = {1: 3, 8: 24}
 """Sequences at a time, and the requests of a run."""
 
 
@@ -52,20 +56,20 @@ def worker(method: str) -> None:
         if method != "plain":
             scheduler.lengths = adaptive if asked["arm"] == "adaptive" else Cycle([asked["arm"]])
         draw = random.Random(asked["seed"])
-        chosen = [draw.choice(prompts) for _ in range(LOADS[asked["load"]])]
-        params = SamplingParams(temperature=asked["temperature"], max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-        done = steady(llm.llm_engine, chosen, params, asked["load"])
+        how = partial(SamplingParams, temperature=asked["temperature"], ignore_eos=True, detokenize=False)
+        chosen = [(draw.choice(prompts), how(max_tokens=draw.randint(*TOKENS))) for _ in range(LOADS[asked["load"]])]
+        done = steady(llm.llm_engine, chosen, asked["load"])
         print(json.dumps(done), file=reply, flush=True)
 
 
-def steady(engine: Any, prompts: list[str], params: Any, load: int) -> dict[str, float]:
+def steady(engine: Any, requests: list[tuple[str, Any]], load: int) -> dict[str, float]:
     """Tokens and seconds of these requests, `load` at a time, until fewer are left; the rest is dropped."""
-    tokens = dict.fromkeys(map(str, range(len(prompts))), 0)
-    left = list(enumerate(prompts))[::-1]
+    tokens = dict.fromkeys(map(str, range(len(requests))), 0)
+    left = list(enumerate(requests))[::-1]
     running, began = 0, time.perf_counter()
     while True:
         while running < load and left:
-            number, prompt = left.pop()
+            number, (prompt, params) = left.pop()
             engine.add_request(str(number), prompt, params)
             running += 1
         if running < load:

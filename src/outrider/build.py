@@ -23,9 +23,10 @@ from outrider.engine.parts import CoreOptions, Defect, Hooks, Parts
 from outrider.engine.prompts import Prompts, as_prompts
 from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
-from outrider.loading import Loaded, Progress, give, load, load_elsewhere, load_model, name_of, restricts
+from outrider.loading import Loaded, Progress, give, load, load_elsewhere, load_model, name_of, restricts, rounding_of
 from outrider.models.folder import resolve_folder
 from outrider.models.given import Model, is_model
+from outrider.nn.held import Rounding
 from outrider.nn.shares import share_out
 from outrider.notices import notices_of, vocabulary_without_model, wasted_option
 from outrider.options import EngineKeywords, EngineOptions, check_names, with_keywords
@@ -202,7 +203,8 @@ def assemble(
     mine = replace(loaded, options=options, drafter=drafter, rule=rule)
     auto = rule is None and options.rule == "auto"
     rule = _rule(loaded, options) if rule is None else rule
-    drafter = _drafter(loaded, options, rule) if drafter is None else drafter
+    rounding = rounding_of(options)
+    drafter = _drafter(loaded, options, rule, rounding) if drafter is None else drafter
     rule = best_exact(drafter) if auto else rule
     return Engine(
         loaded.target,
@@ -222,7 +224,7 @@ def assemble(
         turns=loaded.turns,
         loaded=mine,
         images=loaded.images,
-        notices=_notices(loaded, options, drafter),
+        notices=_notices(loaded, options, drafter, rounding is not None and rounding.used),
         prefix_cache=options.prefix_cache,
         kv_memory=options.kv_memory,
     )
@@ -259,7 +261,7 @@ def _controller(options: EngineOptions, drafter: Drafter, rule: Rule, target: Ta
     return load_controller(name, first, longest, invariant=invariant, work=getattr(target, "row_work", None))
 
 
-def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:
+def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule, rounding: Rounding | None) -> Drafter:
     """The drafter that the options name."""
     return _load_drafter(
         options.draft if options.length else "none",
@@ -271,11 +273,12 @@ def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:
         load_model=lambda name: load_model(loaded, options, name),
         load_elsewhere=lambda name: load_elsewhere(loaded, options, name),
         find_folder=resolve_folder,
+        rounding=rounding,
     )
 
 
-def _notices(loaded: Loaded, options: EngineOptions, drafter: Drafter) -> list[str]:
-    """What keeps this engine from being faster."""
+def _notices(loaded: Loaded, options: EngineOptions, drafter: Drafter, rounded: bool) -> list[str]:
+    """What keeps this engine from being faster. rounded: whether a trained drafter's weights are."""
     drafts = bool(drafter.max_depth)
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]
     found = notices_of(targets, loaded.target.device, drafts, options.device)
@@ -285,7 +288,7 @@ def _notices(loaded: Loaded, options: EngineOptions, drafter: Drafter) -> list[s
     told = [f"{name} carries an MTP head, which is left out: --draft mtp drafts with it"] if unused else []
     restricted = any(restricts(key, options) for key in loaded.models)
     told += vocabulary_without_model(options.draft_vocabulary if drafts else None, options.draft, restricted)
-    return [*found, *told, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
+    return [*found, *told, *wasted_option(options.draft_quantize if drafts else None, rounded or bool(loaded.models))]
 
 
 @with_keywords

@@ -18,10 +18,11 @@ from outrider.models.given import check_loading, ends_of, is_model, target_of
 from outrider.models.images import images_of, is_processor
 from outrider.models.lean import LeanTarget
 from outrider.models.load import find_tokenizer, load_target, reads_emulated, stop_ids
-from outrider.models.quantised import distance
+from outrider.models.quantised import distance, rounding
 from outrider.models.token_use import TokenUse, prompts_from, use_of
 from outrider.models.translate import shared_token_share, translate
 from outrider.models.vocabulary_choice import choose
+from outrider.nn.held import Rounding
 from outrider.options import EngineOptions
 from outrider.protocols import Drafter, ImageReader, Rule, Sink, Target, Tokenizer
 
@@ -198,6 +199,11 @@ def _recipe(loaded: Loaded, key: ModelKey) -> Callable[[], Target]:
         quantize=key.quantize,
         role="draft",
     )
+
+
+def rounding_of(options: EngineOptions) -> Rounding | None:
+    """How `draft_quantize` rounds trained drafters; None to leave them as they are."""
+    return None if options.draft_quantize is None else rounding(options.draft_quantize)
 
 
 def give(loaded: Loaded, model: Any, tokenizer: object | None, name: str) -> None:

@@ -49,10 +49,11 @@ def vocabulary_without_model(vocabulary: int | str | None, draft: str, restricte
     raise ConfigError(f"{told}: name a draft model, or leave draft_vocabulary out")
 
 
-def wasted_option(quantize: str | None, models: int) -> list[str]:
-    """A notice if a draft was to be quantised and there is no draft model."""
-    if quantize is None or models:
+def wasted_option(quantize: str | None, used: bool) -> list[str]:
+    """A notice if a draft was to be quantised and nothing was."""
+    if quantize is None or used:
         return []
     return [
-        f"draft_quantize={quantize!r} does nothing, because only a draft model is quantised: leave it out, or name a draft model"
+        f"draft_quantize={quantize!r} does nothing: it is for draft models, and for trained drafters that the compiled decoder "
+        "runs; leave it out, or name one"
     ]

@@ -82,8 +82,8 @@ class EngineOptions:
     rule:           the verification rule: "auto", or a name of `load_rule`.
     allow_lossy:    whether the rule may change the distribution of the text.
     dtype, device, implementation: see `load_target`.
-    target_quantize, draft_quantize: None, or a type to round the weights of target and draft model to, as "q8_0": see
-                    `models.quantised.QUANTIZE`. The declared distribution is then that of the rounded target.
+    target_quantize, draft_quantize: None, or a type to round the weights of the target, and of a draft model or a trained drafter,
+                    to, as "q8_0": see `models.quantised.QUANTIZE`. The declared distribution is then that of the rounded target.
     draft_vocabulary: None: all tokens; or how many of them a draft model keeps in its head, those that the target uses most; or
                     "auto": as many as promise the most tokens per second, all where no fewer do. See `models.vocabulary_choice`.
     max_length:     tokens of context to reserve for prompt and output, >= 1; None: the model's.

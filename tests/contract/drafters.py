@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,12 +18,14 @@ from outrider.drafters.ahead import Ahead
 from outrider.drafters.apart import Apart, Host
 from outrider.drafters.coded import CodedDrafter
 from outrider.drafters.combine import first_of
+from outrider.drafters.dflash import forward as block_forward
 from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.dflash.format import DFlashConfig
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.forward import forward_of
 from outrider.drafters.eagle.network import EagleConfig
 from outrider.drafters.jacobi import Jacobi
+from outrider.drafters.medusa import sequential_forward
 from outrider.drafters.medusa.drafter import MedusaDrafter
 from outrider.drafters.medusa.format import MedusaConfig, SequentialConfig
 from outrider.drafters.medusa.sequential_drafter import SequentialDrafter
@@ -40,6 +43,7 @@ from outrider.drafters.target_tables import output_of
 from outrider.drafters.tree.gain import ByGain, Dynamic
 from outrider.drafters.tree.growth import BestFirst, Growth, Levels
 from outrider.drafters.tree.shapes import MergedDrafts, best_tree, levels
+from outrider.models.quantised import rounding
 from outrider.models.restricted import Restricted
 from outrider.models.toy import TableTarget, TinyLM
 from outrider.nn.held import library_for
@@ -138,6 +142,21 @@ def compiled(kind: str, target: Toy, growth: Growth) -> Drafter:
     return DRAFTER_OF.get(kind, EagleDrafter)(copy.deepcopy(learned(kind, target)).float(), growth)  # type: ignore[arg-type]
 
 
+def rounded(kind: str, target: Toy, growth: Growth) -> Drafter:
+    """The same with matrices in 8 bits, those whose rows fill whole blocks."""
+    model, to = copy.deepcopy(learned(kind, target)).float(), rounding("q8_0")
+    if kind == "medusa":
+        return MedusaDrafter(model, growth, rounding=to)  # type: ignore[arg-type]
+    drafter, forward = ROUNDED_BY[kind]
+    return drafter(model, growth, forward=partial(forward, rounding=to))
+
+
+ROUNDED_BY: dict[str, tuple[Any, Any]] = {
+    "eagle": (EagleDrafter, forward_of),
+    "hydra": (SequentialDrafter, sequential_forward.forward_of),
+    "dflash": (DFlashDrafter, block_forward.forward_of),
+}
+"""The drafters of networks that are rounded, and what makes their forwards."""
 DRAFTER_OF = {"medusa": MedusaDrafter, "hydra": SequentialDrafter, "dflash": DFlashDrafter}
 """The drafters of the networks that `learned` makes, where it is not EAGLE's."""
 
@@ -280,4 +299,8 @@ if library_for(torch.ones(1)) is not None:
         "dflash-compiled": lambda target, slots: compiled(
             "dflash", target, Levels(levels((1,) * 4), target.vocab_size)
         ),
+        "eagle-rounded": lambda target, slots: rounded("eagle", target, Levels(levels((1,) * 4), target.vocab_size)),
+        "medusa-rounded": lambda target, slots: rounded("medusa", target, BestFirst(7, 4, target.vocab_size, width=3)),
+        "hydra-rounded": lambda target, slots: rounded("hydra", target, Levels(levels((1,) * 4), target.vocab_size)),
+        "dflash-rounded": lambda target, slots: rounded("dflash", target, Levels(levels((1,) * 4), target.vocab_size)),
     }

@@ -20,7 +20,7 @@ from outrider.models.toy import TableTarget
 from outrider.protocols import Drafter
 from outrider.types import Draft, Evidence
 from outrider.verify import load_rule
-from tests.contract.drafters import DRAFTER_OF, compiled, learned
+from tests.contract.drafters import DRAFTER_OF, compiled, learned, rounded
 from tests.contract.scripted import Budgets
 from tests.contract.test_joint_law import TARGET, N, V, collect, exact_joint, statistic
 from tests.covering import slow_beyond
@@ -52,6 +52,10 @@ CASES: dict[str, tuple[str, Growth]] = {
     "compiled heads, sampled chain": ("medusa compiled", Levels(levels((1, 1, 1)), V)),
     "compiled blocks, sampled chain": ("dflash compiled", Levels(levels((1, 1, 1)), V)),
     "compiled sequential heads, sampled chain": ("hydra compiled", Levels(levels((1, 1, 1)), V)),
+    "rounded features, sampled chain": ("eagle rounded", Levels(levels((1, 1, 1)), V)),
+    "rounded heads, sampled chain": ("medusa rounded", Levels(levels((1, 1, 1)), V)),
+    "rounded blocks, sampled chain": ("dflash rounded", Levels(levels((1, 1, 1)), V)),
+    "rounded sequential heads, sampled chain": ("hydra rounded", Levels(levels((1, 1, 1)), V)),
     "sequential heads, stopping": ("hydra", ByGain(3, 3, V, least=0.35)),
     "heads, stopping": ("medusa", ByGain(3, 3, V, least=0.35)),
     "features, stopping": ("eagle", ByGain(3, 3, V, least=0.35)),
@@ -78,6 +82,7 @@ QUICK = (
     "blocks, sampled chain",
     "blocks, best first",
     "blocks, stopping",
+    "rounded features, sampled chain",
 )
 """Every drafter and every growth, which drafters share; the other pairs of them run in `make test-slow`."""
 
@@ -94,6 +99,8 @@ def build(kind: str, growth: Growth, rule: str = "speculative_sampling") -> Engi
         drafter: Drafter = early_exit(Deep(TARGET.table), 1, growth)
     elif kind.endswith(" compiled"):
         drafter = compiled(kind.removesuffix(" compiled"), TARGET, growth)
+    elif kind.endswith(" rounded"):
+        drafter = rounded(kind.removesuffix(" rounded"), TARGET, growth)
     else:
         drafter = DRAFTER_OF.get(kind, EagleDrafter)(learned(kind, TARGET, 3), growth)  # type: ignore[arg-type]
     depth = Budgets(lambda s: (s.seed * 7 + len(s.tokens)) % 4)

@@ -12,11 +12,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from outrider import isa, notices, threads
-from outrider.build import build_engine
+from outrider.build import Engine, build_engine
 from outrider.cli import engine_options
 from outrider.models import lean, quantised
 from outrider.models.load import inspect_checkpoint, load_target
 from outrider.nn import compiled
+from outrider.nn.held import library_for
 from outrider.options import EngineOptions
 from outrider.params import SamplingParams
 from outrider.verify import native
@@ -287,6 +288,18 @@ def test_a_gpu_that_lies_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_option_that_does_nothing(model: Path) -> None:
     engine = build_engine(model, "ngram", slots=1, max_length=64, draft_quantize="int8")
     assert any("draft_quantize='int8' does nothing" in n for n in engine.notices)
+
+
+@pytest.mark.skipif(library_for(torch.ones(1)) is None, reason="compiled drafters need a C++ compiler")
+@pytest.mark.parametrize("draft", ["eagle", "medusa", "dflash", "ngram+eagle", "stop:eagle"])
+def test_a_trained_drafter_is_rounded(draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option does something, and says so where it does not: in torch."""
+    told = "draft_quantize='q8_0' does nothing"
+    engine = Engine.build(draft=draft, length=3, slots=1, max_length=64, draft_quantize="q8_0")
+    assert not any(told in n for n in engine.notices)
+    monkeypatch.setenv("OUTRIDER_NATIVE", "0")
+    engine = Engine.build(draft=draft, length=3, slots=1, max_length=64, draft_quantize="q8_0")
+    assert any(told in n for n in engine.notices)
 
 
 def test_the_command_line_says_each_once(

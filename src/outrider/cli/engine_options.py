@@ -86,7 +86,8 @@ ENGINE = Table(
             str | None,
             typer.Option(
                 "--quantize-draft",
-                help="Round the draft model's weights to q8_0, q4_0, ...; an exact rule keeps the target's distribution.",
+                help="Round the weights of a draft model or a trained drafter to q8_0, q4_0, ...; an exact rule keeps the target's "
+                "distribution.",
                 show_default=False,
             ),
         ],

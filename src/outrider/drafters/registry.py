@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from outrider.drafters.tree.growth import Sample
 from outrider.drafters.vocabulary import check_vocabulary
 from outrider.drafters.without_model import check_option, hosts_of
 from outrider.errors import CapabilityError, ConfigError, unknown_name
+from outrider.nn.held import Rounding
 from outrider.options import DRAFTERS, OF_THE_TARGET, not_apart
 from outrider.protocols import Drafter, Rule, Target
 from outrider.raster import find_raster
@@ -77,6 +78,7 @@ def load_drafter(
     load_model: LoadModel | None = None,
     load_elsewhere: LoadElsewhere | None = None,
     find_folder: FindFolder | None = None,
+    rounding: Rounding | None = None,
     learned: Mapping[str, LearnedDrafter] = LEARNED,
 ) -> Drafter:
     """The drafter `spec` for `target`, with drafts of at most `length` levels.
@@ -121,7 +123,7 @@ def load_drafter(
     rule: with a rule that couples through noise lane `gumbel`, a draft model draws with the same noise.
     load_model: loads a draft model; the caller decides device, dtype and quantisation. load_elsewhere: says how another process
     does. find_folder: finds the folder of a learned
-    drafter; without it only local folders are read.
+    drafter; without it only local folders are read. rounding: of the matrices of trained drafters.
     learned: the drafters that are trained for one target, by name.
     Raises ConfigError for a bad spec, CapabilityError for a draft model whose tokens stand for other strings.
     """
@@ -130,7 +132,9 @@ def load_drafter(
     if length == 0 or spec == "none":
         return NoDraft()
     sample: Sample = "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
-    find = _Finder(target, length, sample, tokenizer, target_path, load_model, load_elsewhere, find_folder, learned)
+    find = _Finder(
+        target, length, sample, tokenizer, target_path, load_model, load_elsewhere, find_folder, rounding, learned
+    )
     return first_of(*(find.auto() if spec == "auto" else find.parts(spec)))
 
 
@@ -146,6 +150,7 @@ class _Finder:
     load_model: LoadModel | None
     load_elsewhere: LoadElsewhere | None
     find_folder: FindFolder | None
+    rounding: Rounding | None
     learned: Mapping[str, LearnedDrafter]
 
     def parts(self, spec: str, least: int = 0) -> list[Drafter]:
@@ -161,7 +166,7 @@ class _Finder:
     def auto(self) -> list[Drafter]:
         """What "auto" is: see `load_drafter`."""
         sibling = None if self.load_model is None else companion_folder(self.target_path, "draft")
-        how = parse_draft("mtp", self.length, self.sample)
+        how = self._parse("mtp", self.length)
         # forced tokens replace a model or a head only if they fill a whole draft; for fewer it drafts further ahead
         before = f"prediction+forced:{how.shape.depth}"
         if sibling is not None and self.load_model is not None:
@@ -176,11 +181,14 @@ class _Finder:
         least = worthwhile_from(self.target, parse_sparse(AUTO_VIEW))
         return self.parts("prediction+forced+ngram" + ("" if least is None else f"+sparse:{AUTO_VIEW}"), least or 0)
 
+    def _parse(self, spec: str, length: int) -> DraftSpec:
+        return replace(parse_draft(spec, length, self.sample), rounding=self.rounding)
+
     def _ahead(self, spec: str, least: int) -> Drafter:
         """The last part of a spec, prepared ahead or in a process of its own if it says so."""
         inner = spec.removeprefix("apart:")
         premises, path = parse_ahead(inner)
-        how = parse_draft(path, self.length + (premises > 0), self.sample)
+        how = self._parse(path, self.length + (premises > 0))
         if premises and how.stop is not None:
             raise ConfigError(
                 "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
@@ -195,7 +203,7 @@ class _Finder:
         if type(found) is not ModelDrafter or self.load_elsewhere is None:
             raise CapabilityError(f"no process of its own can load {how.path!r} here: drop 'apart:'")
         make = partial(_make, self.load_elsewhere(how.path), how, self.target.vocab_size, premises)
-        instead = parse_draft(path, self.length, self.sample)
+        instead = self._parse(path, self.length)
         return Apart(make, _model_drafter(found.model, instead, self.target.vocab_size))
 
     def _kind(self, how: DraftSpec) -> tuple[str, str]:

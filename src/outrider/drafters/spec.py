@@ -6,10 +6,13 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from outrider.drafters.tree.gain import LEAST, ByGain, Dynamic
 from outrider.drafters.tree.growth import Growth, Levels, Sample, Siblings
 from outrider.drafters.tree.shapes import MergedDrafts, Shape, Static, levels
 from outrider.errors import ConfigError
+from outrider.nn.held import Rounding
 
 SHAPES = {
     "tree": "children of a node of each level, drawn without replacement",
@@ -29,7 +32,8 @@ class DraftSpec:
 
     path: the rest, which names the drafter. sample, siblings, shape: see `growth.Levels`. dynamic: nodes of a tree that is rebuilt
     in every step, and the number of children considered per node; its depth is the shape's. stop: tokens that a further level of a
-    chain must be expected to bring, see `gain.ByGain`. Raises ConfigError for a prefix that should have stood before this one.
+    chain must be expected to bring, see `gain.ByGain`. rounding: of a trained drafter's matrices, None to leave them as they are.
+    Raises ConfigError for a prefix that should have stood before this one.
     """
 
     path: str
@@ -38,6 +42,7 @@ class DraftSpec:
     shape: Shape
     dynamic: tuple[int, int] | None = None
     stop: float | None = None
+    rounding: Rounding | None = None
 
     def __post_init__(self) -> None:
         if self.path.startswith(("apart:", "ahead:")) and not Path(self.path).exists():
@@ -54,6 +59,10 @@ class DraftSpec:
             depth = self.shape.depth
             return ByGain(depth, depth, vocab_size, least=self.stop, sample=self.sample)
         return Levels(self.shape, vocab_size, sample=self.sample, siblings=self.siblings)
+
+    def rounding_for(self, weight: Tensor) -> Rounding | None:
+        """How the matrices of a drafter with this weight are rounded; None where they are not, or nothing multiplies blocks."""
+        return None if self.rounding is None else self.rounding.here(weight)
 
     def at_most(self, depth: int) -> DraftSpec:
         """The same spec for a drafter with at most `depth` levels: a longer chain is cut."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple, cast
 
@@ -22,6 +23,7 @@ from outrider.models.gguf.names import EMBEDDING, HEAD
 from outrider.models.lean import LeanTarget
 from outrider.models.native import load_native
 from outrider.nn.blocks import INT8, BlockType, Segment, named, quantise
+from outrider.nn.held import Rounding
 from outrider.protocols import Target
 from outrider.types import Draft, Rows
 
@@ -57,6 +59,17 @@ def quantised(w: DecoderWeights, name: str) -> DecoderWeights:
     embedding = linear(w.embedding, EMBEDDING)
     head = embedding if w.head is w.embedding else linear(w.head, HEAD)
     return replace(w, embedding=embedding, layers=layers(), head=head)
+
+
+def rounding(name: str) -> Rounding:
+    """How the matrices of a trained drafter are rounded to the type that `name` stands for: as those of a draft model.
+
+    Raises ConfigError for an unknown name."""
+    return Rounding(partial(_of_drafter, wanted=block_type(name)))
+
+
+def _of_drafter(weight: Float[Tensor, "O I"], head: bool, wanted: BlockType) -> Segment:
+    return _rounded(weight, HEAD if head else "", wanted)
 
 
 def block_type(name: str) -> BlockType:

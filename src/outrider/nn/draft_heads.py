@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from outrider.errors import CapacityError
-from outrider.nn.held import OK, Held, fail
+from outrider.nn.held import OK, Held, Rounding, fail
 from outrider.nn.products import NativeLinear
 
 
@@ -35,7 +35,8 @@ class NativeHeads:
     """Logits of several levels from one state: for each, residual blocks x + silu(A x + b) on its norm, then an output matrix.
 
     blocks: per level its `nn.Linear`s with biases. heads: one output matrix per level, or one for all. norm: None for none.
-    support: tokens of the outputs, None for all. narrow: multiply in bfloat16.
+    support: tokens of the outputs, None for all. narrow: multiply in bfloat16. rounding: of matrices, None to multiply them as they
+    are.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class NativeHeads:
         support: Int[Tensor, "S"] | None = None,
         *,
         narrow: bool = True,
+        rounding: Rounding | None = None,
     ) -> None:
-        self._held = held = Held(library, torch.bfloat16 if narrow else torch.float32)
+        self._held = held = Held(library, torch.bfloat16 if narrow else torch.float32, rounding)
         self.levels, self.vocab, self._sparse = len(blocks), vocab, support is not None
         self._forward = library.outrider_heads_forward
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
@@ -59,7 +61,7 @@ class NativeHeads:
         layers = [layer for block in blocks for layer in block]
         linears = array("Q", [held.linear(layer.weight) or 0 for layer in layers])
         biases = array("Q", [held.vector(layer.bias) or 0 for layer in layers])
-        products = [held.product(head) for head in heads]
+        products = [held.product(head, head=True) for head in heads]
         self.hidden = products[0].inputs
         outputs = array("Q", [head.handle for head in products])
         at = lambda a: a.buffer_info()[0]  # noqa: E731

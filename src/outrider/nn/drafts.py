@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from outrider.errors import CapacityError
 from outrider.nn.ahead import Ahead, address_of
-from outrider.nn.held import OK, Held, fail
+from outrider.nn.held import OK, Held, Rounding, fail
 from outrider.nn.row_cache import RowCache
 
 _LAYER = ("norm1", "qkv_bias", "q_norm", "k_norm", "norm2", "qkv", "o", "gate_up", "down")
@@ -155,7 +155,8 @@ def _at(a: array) -> int:
 class NativeLayers:
     """The layers of a drafter. layers: named as in Llama and Qwen3. norm: before the head, None for none. narrow: bfloat16.
 
-    support: tokens of the head's outputs, None for all. head: its matrix. cache: keys and values must be of `dtype`.
+    support: tokens of the head's outputs, None for all. head: its matrix. rounding: of matrices, None to multiply them as they
+    are. cache: keys and values must be of `dtype`.
     """
 
     def __init__(
@@ -170,16 +171,17 @@ class NativeLayers:
         support: Int[Tensor, "S"] | None = None,
         *,
         narrow: bool = True,
+        rounding: Rounding | None = None,
     ) -> None:
         self.shape, self.dtype = shape, torch.bfloat16 if narrow else torch.float32
-        self._held = held = Held(library, self.dtype)
+        self._held = held = Held(library, self.dtype, rounding)
         self._sparse, self._features = support is not None, features
         self._forward = library.outrider_draft_forward
         self._feed = address_of(library.outrider_draft_feed)
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_draft_new.argtypes, library.outrider_draft_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
         library.outrider_draft_free.argtypes, library.outrider_draft_free.restype = (ctypes.c_void_p,), None
-        self.head = held.product(head)
+        self.head = held.product(head, head=True)
         s, f = shape, features
         self._layers = (_Layer * len(layers))(*(self._layer(layer, f.join is not Join.BESIDE) for layer in layers))
         made = FeaturePointers(
@@ -189,7 +191,7 @@ class NativeLayers:
         )  # fmt: skip
         model = _Model(
             s.vocab, s.hidden, len(layers), s.heads, s.kv_heads, s.head_dim, s.inner, int(narrow), s.eps,
-            held.vector(s.theta), held.vector(norm), held.linear(embedding), self.head.handle, self._layers, made,
+            held.vector(s.theta), held.vector(norm), held.table(embedding), self.head.handle, self._layers, made,
         )  # fmt: skip
         handle = library.outrider_draft_new(ctypes.addressof(model))
         if not handle:

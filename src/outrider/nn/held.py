@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from outrider.errors import CapacityError, RequestError
+from outrider.nn.blocks import Segment
 from outrider.nn.compiled import DECODER, load
 from outrider.nn.large_pages import LargePages
 from outrider.nn.products import NativeLinear
@@ -24,20 +27,49 @@ def library_for(weight: Tensor) -> ctypes.CDLL | None:
     return load(DECODER).library
 
 
-class Held:
-    """What compiled code has pointers to."""
+@dataclass(slots=True)
+class Rounding:
+    """How matrices of trained drafters are rounded to blocks.
 
-    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-        self._library, self._dtype = library, dtype
+    segment: of a matrix [O, I] that rows are multiplied with, and whether it is a head. used: whether a drafter is rounded so.
+    """
+
+    segment: Callable[[Tensor, bool], Segment]
+    used: bool = False
+
+    def here(self, weight: Tensor) -> Rounding | None:
+        """This, for a drafter with such a weight; None where nothing multiplies blocks. Notes that it is used."""
+        if library_for(weight) is None:
+            return None
+        self.used = True
+        return self
+
+
+class Held:
+    """What compiled code has pointers to. rounding: of what is multiplied."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, rounding: Rounding | None = None) -> None:
+        self._library, self._dtype, self._rounding = library, dtype, rounding
         self._parts: list[object] = []
         self._memory = LargePages()
 
-    def product(self, weight: Tensor | NativeLinear) -> NativeLinear:
+    def product(self, weight: Tensor | NativeLinear, *, head: bool = False) -> NativeLinear:
         """A linear of this weight, or the one that is given."""
-        if isinstance(weight, Tensor):
-            weight = NativeLinear(self._library, self._memory.copy(weight.detach(), self._dtype))
-        self._parts.append(weight)
-        return weight
+        if isinstance(weight, NativeLinear):
+            made = weight
+        elif self._rounding is None:
+            made = NativeLinear(self._library, self._memory.copy(weight.detach(), self._dtype))
+        else:
+            segment = self._rounding.segment(weight.detach().to(self._dtype), head)
+            made = NativeLinear(self._library, (segment,), memory=self._memory)
+        self._parts.append(made)
+        return made
+
+    def table(self, weight: Tensor) -> int:
+        """The handle of a linear whose rows are read, one by one: as wide as it is."""
+        made = NativeLinear(self._library, self._memory.copy(weight.detach(), self._dtype))
+        self._parts.append(made)
+        return made.handle
 
     def linear(self, weight: Tensor | NativeLinear | None) -> int | None:
         """A linear's handle."""

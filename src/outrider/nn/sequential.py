@@ -15,7 +15,7 @@ from torch import Tensor
 from outrider.errors import CapacityError
 from outrider.nn.ahead import Ahead, address_of
 from outrider.nn.drafts import FeaturePointers, Join
-from outrider.nn.held import OK, Held, fail
+from outrider.nn.held import OK, Held, Rounding, fail
 
 
 class _Block(ctypes.Structure):
@@ -44,8 +44,8 @@ class NativeSequence:
     """A level of heads: residual blocks x + down(silu(gate n) * up n), n = norm x, on a token's row plus a state; then outputs.
 
     fuse: [D, K * H], makes the first level's state of hidden states. table: [V, D] rows of tokens. blocks: of each its norm,
-    [gate; up] and down. taps: K. narrow: multiply in bfloat16. A row's numbers have the same bits for any other rows and any number
-    of threads.
+    [gate; up] and down. taps: K. narrow: multiply in bfloat16. rounding: of matrices, None to multiply
+    them as they are. A row's numbers have the same bits for any other rows and any number of threads.
     """
 
     def __init__(
@@ -60,8 +60,9 @@ class NativeSequence:
         eps: float,
         *,
         narrow: bool = True,
+        rounding: Rounding | None = None,
     ) -> None:
-        self._held = held = Held(library, torch.bfloat16 if narrow else torch.float32)
+        self._held = held = Held(library, torch.bfloat16 if narrow else torch.float32, rounding)
         (self.width, read), self.vocab, self.taps = fuse.shape, len(table), taps
         self.read = read // taps
         self._forward = library.outrider_sequence_forward
@@ -78,7 +79,7 @@ class NativeSequence:
         features = FeaturePointers(taps=taps, width=self.read, fuse=held.linear(fuse), join=int(Join.ALONE))
         made = _Sequence(
             self.width, blocks[0][2].shape[1], len(blocks), self.vocab, eps,
-            held.linear(table), held.linear(head), held.vector(norm), self._blocks, features,
+            held.table(table), held.product(head, head=True).handle, held.vector(norm), self._blocks, features,
         )  # fmt: skip
         handle = library.outrider_sequence_new(ctypes.addressof(made))
         if not handle:

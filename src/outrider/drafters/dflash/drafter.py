@@ -6,7 +6,8 @@ pass only and then dropped, so that nothing rejected is ever visible.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,21 +32,29 @@ class DFlashDrafter:
     """Drafts a whole block at once with a model that has its own cache of injected keys and values.
 
     growth: how drafts are made from the slots' distributions: a chain, sampled or greedy, or the best nodes of their lattice. A
-    block has growth.depth + 1 slots, so drafts may be shorter than the training blocks, never longer.
+    block has growth.depth + 1 slots, so drafts may be shorter than the training blocks, never longer. forward: makes the forward of
+    the model for slots of so many rows.
 
     Every accepted row of the target is injected, even if nothing is drafted, because hidden states are available only once; while
     nothing is drafted for a sequence they are put aside, and injected together later. A sequence with missed rows starts over with
     the rows it has: its drafts are then less accurate, but still exact.
     """
 
-    def __init__(self, model: DFlashNetwork, growth: Growth, *, name: str = "dflash") -> None:
+    def __init__(
+        self,
+        model: DFlashNetwork,
+        growth: Growth,
+        *,
+        name: str = "dflash",
+        forward: Callable[[DFlashNetwork, int], Forward] = forward_of,
+    ) -> None:
         c = model.config
         if growth.depth >= c.block:
             raise ConfigError(
                 f"a draft of {growth.depth} tokens needs blocks of {growth.depth + 1} slots, this drafter was trained "
                 f"with {c.block}: shorten the draft"
             )
-        self.name, self.model, self.growth = name, model, growth
+        self.name, self.model, self.growth, self._forward_of = name, model, growth, forward
         self.layers: tuple[int, ...] = tuple(sorted(set(c.taps)))
         self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
         self._order = [self.layers.index(t) for t in c.taps]
@@ -58,7 +67,7 @@ class DFlashDrafter:
         """Allocate the drafter's KV cache: per layer keys and values of `length` rows and one block for every slot."""
         c = self.model.config
         room = length + self._size
-        self._run, device = forward_of(self.model, room), self.model.fc.weight.device
+        self._run, device = self._forward_of(self.model, room), self.model.fc.weight.device
         self.cache = RowCache(c.layers, slots, c.kv_heads, room, c.head_dim, self._run.dtype, device)
         self.context = Context(slots)
         self.backlog = Backlog(self.context)
@@ -128,4 +137,5 @@ class DFlashDrafter:
 def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None) -> Drafter:
     """The drafter of a folder for `target`, see `registry.LearnedDrafter`."""
     model = DFlashNetwork.load(folder, target, target_path).to(target.device)
-    return DFlashDrafter(model, spec.at_most(model.config.block - 1).growth(target.vocab_size))
+    forward = partial(forward_of, rounding=spec.rounding_for(model.fc.weight))
+    return DFlashDrafter(model, spec.at_most(model.config.block - 1).growth(target.vocab_size), forward=forward)

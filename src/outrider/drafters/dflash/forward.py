@@ -13,7 +13,7 @@ from torch import Tensor
 from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.nn.attention import attend
 from outrider.nn.drafts import DraftShape, Features, Join, NativeLayers, Rows
-from outrider.nn.held import library_for
+from outrider.nn.held import Rounding, library_for
 from outrider.nn.layers import FusedLayer
 from outrider.nn.linear import draft_linear, with_fast_linears
 from outrider.nn.rope import frequencies, turn
@@ -36,10 +36,12 @@ class Forward(Protocol):
         ...
 
 
-def forward_of(model: DFlashNetwork, length: int) -> Forward:
-    """The fastest forward here. length: rows of a slot."""
+def forward_of(model: DFlashNetwork, length: int, rounding: Rounding | None = None) -> Forward:
+    """The fastest forward here. length: rows of a slot. rounding: of matrices, where they are multiplied natively."""
     library = library_for(model.fc.weight)
-    return TorchForward(model, length) if library is None or not shape_of(model).fits else NativeForward(library, model)
+    if library is None or not shape_of(model).fits:
+        return TorchForward(model, length)
+    return NativeForward(library, model, rounding=rounding)
 
 
 def shape_of(model: DFlashNetwork) -> DraftShape:
@@ -52,13 +54,16 @@ def shape_of(model: DFlashNetwork) -> DraftShape:
 class NativeForward:
     """Compiled layers and head."""
 
-    def __init__(self, library: ctypes.CDLL, model: DFlashNetwork, *, narrow: bool = True) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, model: DFlashNetwork, *, narrow: bool = True, rounding: Rounding | None = None
+    ) -> None:
         c = model.config
         features = Features(len(c.taps), c.hidden, Join.ALONE, model.fc.weight, fused_norm=model.hidden_norm.weight)
         table, head = model.embed_tokens.weight, model.lm_head.weight
         self._layers = NativeLayers(
-            library, shape_of(model), list(model.layers), table, model.norm.weight, head, features, narrow=narrow
-        )
+            library, shape_of(model), list(model.layers), table, model.norm.weight, head, features,
+            narrow=narrow, rounding=rounding,
+        )  # fmt: skip
         self.dtype = self._layers.dtype
 
     def inject(self, rows: Rows, cache: RowCache, taps: Sequence[Tensor], tap_rows: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ together; attention runs per sequence, over its own context.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -243,4 +244,6 @@ class Follower:
 def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None) -> Drafter:
     """The drafter of a folder for `target`, see `registry.LearnedDrafter`."""
     network = Eagle1Network if read_config(folder)[1] in ("eagle", "llama") else Eagle3Network
-    return EagleDrafter(network.load(folder, target).to(target.device), spec.growth(target.vocab_size))
+    model = network.load(folder, target).to(target.device)
+    forward = partial(forward_of, rounding=spec.rounding_for(model.fc.weight))
+    return EagleDrafter(model, spec.growth(target.vocab_size), forward=forward)

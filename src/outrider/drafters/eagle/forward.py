@@ -16,7 +16,7 @@ from outrider.nn.ahead import Ahead
 from outrider.nn.attention import attend
 from outrider.nn.draft_heads import NativeHeads
 from outrider.nn.drafts import NativeLayers, Rows
-from outrider.nn.held import library_for
+from outrider.nn.held import Rounding, library_for
 from outrider.nn.layers import FusedLayer
 from outrider.nn.linear import with_fast_linears
 from outrider.nn.masks import ancestor_mask
@@ -47,21 +47,26 @@ class Forward(Protocol):
         ...
 
 
-def forward_of(model: EagleNetwork, length: int) -> Forward:
-    """The fastest forward here. length: rows of a slot."""
-    library, shape = library_for(model.fc.weight), model.shape
-    return TorchForward(model, length) if library is None or not shape.fits else NativeForward(library, model)
+def forward_of(model: EagleNetwork, length: int, rounding: Rounding | None = None) -> Forward:
+    """The fastest forward here. length: rows of a slot. rounding: of matrices, where they are multiplied natively."""
+    library = library_for(model.fc.weight)
+    if library is None or not model.shape.fits:
+        return TorchForward(model, length)
+    return NativeForward(library, model, rounding=rounding)
 
 
 class NativeForward:
     """Compiled layers and head."""
 
-    def __init__(self, library: ctypes.CDLL, model: EagleNetwork, *, narrow: bool = True) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, model: EagleNetwork, *, narrow: bool = True, rounding: Rounding | None = None
+    ) -> None:
         c, (norm, head, support) = model.config, model.output
         table = model.embed_tokens.weight
         self._layers = NativeLayers(
-            library, model.shape, list(model.layers), table, norm, head, model.features, support, narrow=narrow
-        )
+            library, model.shape, list(model.layers), table, norm, head, model.features, support,
+            narrow=narrow, rounding=rounding,
+        )  # fmt: skip
         self._head = NativeHeads(library, norm, c.eps, [()], [self._layers.head], c.vocab_size, support, narrow=narrow)
         self.dtype, self._width = self._layers.dtype, c.hidden
 

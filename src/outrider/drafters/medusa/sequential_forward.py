@@ -12,7 +12,7 @@ from torch import Tensor
 
 from outrider.drafters.medusa.sequential import SequentialNetwork
 from outrider.nn.ahead import Ahead
-from outrider.nn.held import library_for
+from outrider.nn.held import Rounding, library_for
 from outrider.nn.linear import with_fast_linears
 from outrider.nn.sequential import NativeSequence
 
@@ -32,16 +32,18 @@ class Forward(Protocol):
         ...
 
 
-def forward_of(model: SequentialNetwork) -> Forward:
-    """The fastest forward here."""
+def forward_of(model: SequentialNetwork, rounding: Rounding | None = None) -> Forward:
+    """The fastest forward here. rounding: of matrices, where they are multiplied natively."""
     library = library_for(model.fc.weight)
-    return TorchForward(model) if library is None else NativeForward(library, model)
+    return TorchForward(model) if library is None else NativeForward(library, model, rounding=rounding)
 
 
 class NativeForward:
     """Compiled heads. narrow: products in bfloat16."""
 
-    def __init__(self, library: ctypes.CDLL, model: SequentialNetwork, *, narrow: bool = True) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, model: SequentialNetwork, *, narrow: bool = True, rounding: Rounding | None = None
+    ) -> None:
         c = model.config
         blocks = [
             (b.norm.weight, torch.cat([b.mlp.gate_proj.weight, b.mlp.up_proj.weight]), b.mlp.down_proj.weight)  # type: ignore[union-attr]
@@ -49,7 +51,8 @@ class NativeForward:
         ]
         table = torch.cat([model.rows(part) for part in torch.arange(c.vocab_size).split(1 << 12)])
         self._run = NativeSequence(
-            library, model.fc.weight, table, blocks, model.norm.weight, model.lm_head.weight, len(c.taps), c.eps, narrow=narrow  # type: ignore[arg-type]
+            library, model.fc.weight, table, blocks, model.norm.weight, model.lm_head.weight, len(c.taps), c.eps,  # type: ignore[arg-type]
+            narrow=narrow, rounding=rounding,
         )  # fmt: skip
 
     def forward(

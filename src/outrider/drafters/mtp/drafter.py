@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from outrider.config_keys import real
@@ -23,16 +24,19 @@ def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None)
     """
     growth, found = spec.growth(target.vocab_size), carried(folder)
     depth = 1 if found is None else min(found.depth, growth.depth)
-    heads = [_head(folder, found, target, n) for n in range(max(1, depth))]
+    heads = [_head(folder, found, target, n, spec) for n in range(max(1, depth))]
     if len(heads) > 1:
         return HeadStack(heads, growth)
     return EagleDrafter(heads[0][0], growth, name="mtp", forward=heads[0][1])
 
 
-def _head(folder: Path, found: Carried | None, target: Target, number: int) -> tuple[MtpHead, ForwardOf]:
+def _head(
+    folder: Path, found: Carried | None, target: Target, number: int, spec: DraftSpec
+) -> tuple[MtpHead, ForwardOf]:
     """A head, and what makes its forward."""
     if found is None or not isinstance(target, BlockTarget):
-        return MtpNetwork.load(folder, target, number).to(target.device), forward_of
+        made = MtpNetwork.load(folder, target, number).to(target.device)
+        return made, partial(forward_of, rounding=spec.rounding_for(made.fc.weight))
     model, block = _of_target(found, target, number)
     return model, lambda network, _: BlockForward(block, network)
 

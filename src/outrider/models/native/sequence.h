@@ -30,7 +30,7 @@ struct SequenceCall {
 };
 
 class Sequence {
-    static constexpr int64_t BLOCK = 48;  // outputs of a linear that a thread takes at a time, see Decoder
+    static constexpr int64_t BLOCK = 48, WIDE = 64;  // outputs of a linear that a thread takes at a time, see Decoder
 
    public:
     // Keeps pointers to all that it is given.
@@ -38,6 +38,7 @@ class Sequence {
         s_ = s, stores_ = s.head->stores(), inner_stores_ = 0;
         for (int64_t i = 0; i < s.layers; ++i) stores_ |= s.block[i].gate_up->stores(), inner_stores_ |= s.block[i].down->stores();
         features_.build(s.features, s.hidden, s.eps, 0);
+        block_ = (stores_ | inner_stores_) & (STORE_32 | STORE_256) ? WIDE : BLOCK;
     }
 
     Status forward(const SequenceCall& call) {
@@ -48,7 +49,7 @@ class Sequence {
         if (!features_.begin(c_.features, c_.rows)) return NO_MEMORY;
         if (!features_.present()) return BAD_ROW;
         tile_at_ = (features_.line() + 15) / 16 * 16;
-        scratch_size_ = (tile_at_ + 2 * c_.rows * BLOCK + 31) / 16 * 16;
+        scratch_size_ = (tile_at_ + 2 * c_.rows * block_ + 31) / 16 * 16;
         const bool room = x_.reserve(c_.rows * s_.hidden) && normed_.reserve(c_.rows, s_.hidden, stores_) &&
                           inner_.reserve(c_.rows, s_.inner, inner_stores_) && scratch_.reserve(c_.threads * scratch_size_);
         if (!room) return NO_MEMORY;
@@ -61,23 +62,23 @@ class Sequence {
         float* const scratch = scratch_ + thread * scratch_size_;
         if (features_.fuses()) {
             phase(c_.rows, [&](int64_t i) { features_.take(i, scratch); });
-            phase(blocks(s_.hidden), [&](int64_t u) { features_.fuse(u * BLOCK, size(u * BLOCK, s_.hidden), c_.rows); });
+            phase(blocks(s_.hidden), [&](int64_t u) { features_.fuse(u * block_, size(u * block_, s_.hidden), c_.rows); });
         }
         phase(c_.rows, [&](int64_t i) { enter(i, scratch); });
         for (int64_t l = 0; l < s_.layers; ++l) {
             const SequenceBlock& block = s_.block[l];
-            phase(blocks(s_.inner), [&](int64_t u) { activate(block, u * BLOCK, scratch + tile_at_); });
+            phase(blocks(s_.inner), [&](int64_t u) { activate(block, u * block_, scratch + tile_at_); });
             if (inner_.rounds()) phase(c_.rows, [&](int64_t i) { inner_.round_row(i); });
-            phase(blocks(s_.hidden), [&](int64_t u) { add(block, u * BLOCK, scratch + tile_at_); });
+            phase(blocks(s_.hidden), [&](int64_t u) { add(block, u * block_, scratch + tile_at_); });
             phase(c_.rows, [&](int64_t i) { finish_block(l + 1, i, scratch); });
         }
         phase(blocks(s_.vocab), [&](int64_t u) {
-            s_.head->product(u * BLOCK, size(u * BLOCK, s_.vocab), normed_, 0, c_.rows, c_.logits + u * BLOCK, s_.vocab);
+            s_.head->product(u * block_, size(u * block_, s_.vocab), normed_, 0, c_.rows, c_.logits + u * block_, s_.vocab);
         });
     }
 
-    static int64_t blocks(int64_t outputs) { return (outputs + BLOCK - 1) / BLOCK; }
-    static int64_t size(int64_t from, int64_t outputs) { return outputs - from < BLOCK ? outputs - from : BLOCK; }
+    int64_t blocks(int64_t outputs) const { return (outputs + block_ - 1) / block_; }
+    int64_t size(int64_t from, int64_t outputs) const { return outputs - from < block_ ? outputs - from : block_; }
 
     // x = the state of row i plus its token's row.
     void enter(int64_t i, float* line) {
@@ -99,28 +100,28 @@ class Sequence {
 
     // inner = silu(gate) * up, outputs from `from`.
     void activate(const SequenceBlock& block, int64_t from, float* gate) {
-        float* up = gate + c_.rows * BLOCK;
+        float* up = gate + c_.rows * block_;
         const int64_t n = size(from, s_.inner);
-        block.gate_up->product(from, n, normed_, 0, c_.rows, gate, BLOCK);
-        block.gate_up->product(s_.inner + from, n, normed_, 0, c_.rows, up, BLOCK);
+        block.gate_up->product(from, n, normed_, 0, c_.rows, gate, block_);
+        block.gate_up->product(s_.inner + from, n, normed_, 0, c_.rows, up, block_);
         for (int64_t i = 0; i < c_.rows; ++i) {
-            swish(gate + i * BLOCK, up + i * BLOCK, n);
-            inner_.put(i, from, gate + i * BLOCK, n);
+            swish(gate + i * block_, up + i * block_, n);
+            inner_.put(i, from, gate + i * block_, n);
         }
     }
 
     // x += down @ inner, outputs from `from`.
     void add(const SequenceBlock& block, int64_t from, float* tile) {
         const int64_t n = size(from, s_.hidden);
-        block.down->product(from, n, inner_, 0, c_.rows, tile, BLOCK);
+        block.down->product(from, n, inner_, 0, c_.rows, tile, block_);
         for (int64_t i = 0; i < c_.rows; ++i)
-            for (int64_t j = 0; j < n; ++j) x_[i * s_.hidden + from + j] += tile[i * BLOCK + j];
+            for (int64_t j = 0; j < n; ++j) x_[i * s_.hidden + from + j] += tile[i * block_ + j];
     }
 
     SequencePointers s_{};
     SequenceCall c_{};
     int stores_ = 0, inner_stores_ = 0;
-    int64_t tile_at_ = 0, scratch_size_ = 0;
+    int64_t block_ = BLOCK, tile_at_ = 0, scratch_size_ = 0;
     Crew crew_;
     Phases phases_;
     Features features_;
