@@ -41,7 +41,9 @@ PRESETS: dict[str, tuple[Spec, ...]] = {
     ),
     "eagle": (
         Spec("plain", "none", 0, "nothing"),
+        Spec("draft model, 3", DRAFT, 3),
         Spec("draft model, 5", DRAFT, 5),
+        Spec("EAGLE, chain of 3", "eagle", 3, "layer"),
         Spec("EAGLE, chain", "eagle", 5, "layer"),
     ),
     "untrained": (
