@@ -52,6 +52,19 @@ def gpt2(folder: Path) -> Path:
     return folder
 
 
+def run(monkeypatch, capsys, *command: str) -> tuple[int, str]:
+    """The exit code of a command in this process, and all it printed, on one line."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["outrider", *command])
+    try:
+        main()
+        code: object = 0
+    except SystemExit as end:
+        code = end.code or 0
+    said = capsys.readouterr()
+    return int(str(code)), " ".join((said.out + said.err).split())
+
+
 MADE = {
     **{
         name: lambda p, how=how: edit(make_checkpoint(p, "llama"), quantization_config=how)
@@ -110,7 +123,9 @@ def test_a_folder_without_tokenizer_is_not_fit(tmp_path: Path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("where", ["generation_config.json", "config.json", "tokenizer_config.json"])
-def test_an_end_of_text_that_no_row_is_for_is_refused_by_doctor_too(where: str, tmp_path: Path, capsys) -> None:
+def test_an_end_of_text_that_no_row_is_for_is_refused_by_doctor_too(
+    where: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
     """Of the target, whose texts end with it; a draft's are those of its target."""
     folder = make_checkpoint(tmp_path / "model", "llama", tokenizer=True)
     file, other = folder / where, shutil.copytree(folder, tmp_path / "good")
@@ -126,13 +141,12 @@ def test_an_end_of_text_that_no_row_is_for_is_refused_by_doctor_too(where: str, 
         raw |= {"eos_token_id": [2, 9999]}
     file.write_text(json.dumps(raw))
     for command in (["doctor", str(folder)], ["generate", "x", "--target", str(folder), "--draft", "none"]):
-        done = subprocess.run([sys.executable, "-m", "outrider", *command], capture_output=True, text=True)
-        assert (
-            done.returncode in (1, 2) and "names the end-of-text token" in done.stdout.replace("\n", " ") + done.stderr
-        )
-    pair = [sys.executable, "-m", "outrider", "generate", "x", "--target", str(other), "--draft", str(folder)]
-    done = subprocess.run([*pair, "--max-tokens", "4"], capture_output=True, text=True)
-    assert "names the end-of-text token" not in done.stderr
+        code, said = run(monkeypatch, capsys, *command)
+        assert code in (1, 2) and "names the end-of-text token" in said
+    _, said = run(
+        monkeypatch, capsys, *("generate", "x", "--target", str(other), "--draft", str(folder), "--max-tokens", "4")
+    )
+    assert "names the end-of-text token" not in said
 
 
 @pytest.mark.parametrize(
