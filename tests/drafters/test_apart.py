@@ -193,7 +193,7 @@ class Answering(NGram):
 )
 def test_an_answer_that_cannot_be_sent_costs_nothing_but_speed(make: Callable[[], object], said: str) -> None:
     """It cannot be written down there, or not be read here: the process goes on, and this drafter is lost."""
-    one = Host()
+    one = host()
     number, _ = one.make(partial(Answering, make))  # type: ignore[arg-type]
     with pytest.raises(Lost, match=said):
         one.ask(number, "bind", (1, 10))

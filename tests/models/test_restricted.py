@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from outrider.build import Engine, build_engine
-from outrider.control.fixed import Fixed
-from outrider.drafters.model import ModelDrafter
+from outrider.build import build_engine
 from outrider.errors import CapabilityError, ConfigError
 from outrider.models import token_use, vocabulary_choice
 from outrider.models.lean import LeanTarget
@@ -21,9 +19,7 @@ from outrider.models.vocabulary_choice import Costs, Earned, Prediction, TokenTi
 from outrider.options import EngineOptions
 from outrider.params import SamplingParams
 from outrider.protocols import Target
-from outrider.theory import speedup
 from outrider.types import Draft, Rows
-from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
 
 KEPT = torch.tensor([7, 2, 30, 11])
@@ -146,26 +142,6 @@ def test_predicted_acceptance_is_that_of_the_kept_tokens() -> None:
             want[row] += torch.tensor([torch.minimum(p, r).sum(), float(p.argmax() == r.argmax())]) / len(places)
     assert torch.tensor([(e.acceptance, e.agreement) for e in found]) == pytest.approx(want, abs=1e-6)
     assert found[0].acceptance < found[1].acceptance and found[0].sampled < found[1].sampled
-
-
-def test_tokens_of_a_step_are_the_engines_where_the_text_stays_outside_of_the_kept_tokens() -> None:
-    """Two halves of the vocabulary that the text seldom changes between, of which the draft has one: 4 tokens a step there, 1 here.
-
-    The mean acceptance (about a half, so 1.9 tokens a step if every position were alike) says nothing of it.
-    """
-    far = torch.full((20, 20), 0.004)
-    far[:10, :10] = far[10:, 10:] = 0.096
-    target, kept = TableTarget(far.log()), torch.arange(10)
-    order = torch.cat([kept, torch.arange(10, 20)])
-    texts = token_use.count(target, [[n % 20] for n in range(400)], tokens=60).unseen
-    (found,) = curve(target, target, token_use.TokenUse(order, texts, 1), [10], 3)
-    alike = speedup.tokens_per_call(found.acceptance, 3)
-    drafter = ModelDrafter(Restricted(target, kept), 3)
-    engine = Engine(target, drafter, load_rule("block"), Fixed(3), slots=16, max_length=64)
-    params = [SamplingParams(temperature=1.0, max_tokens=60, seed=n) for n in range(200)]
-    engine.generate([[n % 20] for n in range(200)], params)
-    made = engine.counts.tokens / engine.counts.steps
-    assert found.sampled == pytest.approx(made, rel=0.04) and alike > 1.1 * made
 
 
 def test_gain_is_tokens_over_time() -> None:
