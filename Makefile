@@ -23,7 +23,8 @@ REPEATING := $(STATISTICAL) \
   tests/models/test_gguf_weights.py tests/models/test_kv_dtype.py tests/nn/test_shares.py \
   tests/models/test_guided.py tests/models/test_hf.py tests/models/test_image_prompts.py tests/models/test_lean.py \
   tests/models/test_native.py tests/models/test_quantised_target.py \
-  tests/models/test_emu3_pictures.py tests/models/test_restricted_steps.py \
+  tests/drafters/test_apart_texts.py tests/models/test_emu3_pictures.py tests/models/test_generators_drafted.py \
+  tests/models/test_gguf_mixtures_damaged.py tests/models/test_restricted_steps.py \
   tests/sampling/test_grammar.py tests/sampling/test_grammar_ends.py tests/sampling/test_sampling_law.py
 # tests/outside needs others' software in environments of its own: `make test-vllm` and its kin.
 UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(REPEATING)

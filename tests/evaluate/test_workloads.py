@@ -300,6 +300,8 @@ def test_a_template_that_does_not_end_or_writes_without_end_is_refused(
 ) -> None:
     """Before its text is made tokens, which takes gigabytes; also where its trial with one message does not end."""
     monkeypatch.setattr(conversations, "TEMPLATE_SECONDS", 0.2)
+    setitimer = signal.setitimer  # to a trial that catches the alarm it comes again, here sooner than in a second
+    monkeypatch.setattr(signal, "setitimer", lambda which, first, again=0.0: setitimer(which, first, min(again, 0.2)))
     before = signal.getsignal(signal.SIGVTALRM)
     with pytest.raises(ConfigError, match=why):
         prompt_ids(Written(template), [{"role": "user", "content": "hi"}], "x")

@@ -28,18 +28,35 @@ def folder(tmp_path_factory) -> Path:
     return generator("emu3", tmp_path_factory.mktemp("emu3"))
 
 
-@pytest.mark.parametrize("negative", NEGATIVES)
-def test_the_guided_greedy_image_is_transformers_own_plain_and_drafted(folder: Path, negative: str | None) -> None:
+DRAFTS = ("none", "ngram", "jacobi:4", "jacobi:4:up4", "recycle", "own", "tree")
+FEW = ("none", "jacobi:4:up4", "own")
+"""What drafts beside the two negative prompts that are neither missing nor the longest; the rest follow in `make test-slow`."""
+GREEDY = [
+    pytest.param(negative, drafts, marks=pytest.mark.slow if late else (), id=f"{negative}-{len(drafts)}")
+    for negative in NEGATIVES
+    for drafts, late in (
+        [(DRAFTS, False)]
+        if negative in (None, NEGATIVES[-1])
+        else [(FEW, False), (tuple(d for d in DRAFTS if d not in FEW), True)]
+    )
+]
+
+
+@pytest.mark.parametrize(("negative", "drafts"), GREEDY)
+def test_the_guided_greedy_image_is_transformers_own_plain_and_drafted(
+    folder: Path, negative: str | None, drafts: tuple[str, ...]
+) -> None:
     """Two descriptions of different lengths at a time."""
     wanted = [written(folder, w, negative, 3.0).sequences[0].tolist()[-18:] for w in (WORDS, OTHER)]
     assert wanted[0] != wanted[1]
     assert wanted[0] != painter_of(folder, guidance=1.0).draw([(WORDS, 0)], temperature=0.0)[0].tokens
-    for draft in ("none", "ngram", "jacobi:4", "jacobi:4:up4", "recycle", str(folder), f"tree:2x1x1:{noisy(folder)}"):
-        painter = painter_of(folder, draft, negative=negative)
+    for draft in drafts:
+        spec = {"own": str(folder), "tree": f"tree:2x1x1:{noisy(folder)}"}.get(draft, draft)
+        painter = painter_of(folder, spec, negative=negative)
         drawings = painter.draw([(WORDS, 1), (OTHER, 2), (WORDS, 3)], temperature=0.0)
         assert [d.tokens for d in drawings] == [*wanted, wanted[0]], draft
         assert draft in ("none", "ngram") or painter.engine.counts.proposed > 0
-        if draft == str(folder):  # guided as the target is
+        if draft == "own":  # guided as the target is
             assert painter.engine.counts.accepted == painter.engine.counts.judged > 20
 
 

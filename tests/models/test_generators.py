@@ -22,10 +22,9 @@ from outrider.models.counts import check_counts
 from outrider.models.framed import NEVER
 from outrider.models.hf.generators import CLIP, kind_of, load_generator, pixels
 from outrider.models.hf.target import HFTarget
-from tests.checkpoints_generators import CODES, SIDE, emu3_written, generator, noisy, tokenizer_of
+from tests.checkpoints_generators import CODES, SIDE, emu3_written, generator, tokenizer_of
 
 WORDS = "a red boat"
-DRAFTS = ["ngram", "jacobi:4", "jacobi:4:up4", "recycle"]
 
 
 @pytest.fixture(scope="module", params=["janus", "emu3"])
@@ -61,16 +60,6 @@ def own_codes(folder: Path, **guidance: Any) -> tuple[list[int], Any]:
     return made.sequences[0, len(ids) :].tolist(), model
 
 
-def test_the_greedy_image_is_transformers_own_plain_and_drafted(folder: Path) -> None:
-    wanted, _ = own_codes(folder)
-    for draft in ("none", *DRAFTS):
-        painter = painter_of(folder, draft)
-        drawing, other = painter.draw([(WORDS, 1), ("another", 2)], temperature=0.0)
-        assert drawing.tokens == wanted, draft
-        assert other.tokens != wanted
-        assert draft == "none" or painter.engine.counts.proposed > 0
-
-
 def test_a_description_goes_through_the_models_chat_template(folder: Path, tmp_path: Path) -> None:
     """Also one that reads typed parts alone, as Janus' does."""
     place = Path(shutil.copytree(folder, tmp_path / folder.name))
@@ -99,21 +88,6 @@ def test_its_pixels_are_those_of_the_models_own_decoder(folder: Path) -> None:
     assert drawing.coloured().shape == pixels.shape
 
 
-def test_with_match_a_drafted_image_is_the_plain_one(folder: Path) -> None:
-    jobs = [(WORDS, i) for i in range(3)]
-    plain = [d.tokens for d in painter_of(folder, rule="match").draw(jobs)]
-    assert len(set(map(tuple, plain))) == 3
-    for draft in DRAFTS:
-        assert [d.tokens for d in painter_of(folder, draft, rule="match").draw(jobs)] == plain, draft
-
-
-def test_a_model_as_its_own_draft_is_never_refused(folder: Path) -> None:
-    painter = painter_of(folder, str(folder), rule="block")
-    painter.draw([(WORDS, i) for i in range(3)])
-    counts = painter.engine.counts
-    assert counts.judged == counts.accepted > 20
-
-
 def test_nothing_but_codes_can_be_drawn_and_rows_end_where_they_must(folder: Path) -> None:
     painter = painter_of(folder, slots=2)
     frame = painter.raster.frame  # type: ignore[attr-defined]
@@ -139,22 +113,6 @@ def test_rules_of_nearness_know_the_codebook_as_the_model_decodes_it(folder: Pat
         ]
     own = torch.cdist(book, book).detach().numpy()
     assert np.allclose(gaps, own * (gaps.max() / own.max()), atol=1e-6)
-
-
-@pytest.mark.parametrize("rule", ["neighbours:delta=0.3,k=4", "cluster:k=6,gap=0.3,near=0.5"])
-def test_rules_of_nearness_spend_what_they_may_and_no_more(folder: Path, rule: str) -> None:
-    """With a draft of other weights: some bias, none of it where a mark ends a row, and never more than the budget."""
-    other = noisy(folder)
-    options = {"rule": f"{rule},per_token=0.1,per_sequence=0.5", "allow_lossy": True, "slots": 2}
-    painter = painter_of(folder, str(other), **options)
-    drawings = painter.draw([(WORDS, i) for i in range(4)])
-    counts, frame = painter.engine.counts, painter.raster.frame  # type: ignore[attr-defined]
-    assert 0 < counts.bias <= 4 * 0.5 + 1e-9
-    assert counts.rejected > 0
-    for drawing in drawings:
-        codes = frame.codes_of(drawing.tokens)
-        assert bool(frame.codes[codes].all())
-        assert [t for t in drawing.tokens if not frame.codes[t]] == [frame.row_end] * (len(drawing.tokens) - len(codes))
 
 
 def test_what_it_cannot_do_is_said_in_one_sentence(folder: Path, tmp_path: Path) -> None:

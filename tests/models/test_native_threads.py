@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.covering import slow_beyond
+
 HERE = Path(__file__).parent / "native"
 HEADERS = Path(__file__).parents[2] / "src" / "outrider" / "models" / "native"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -324,10 +326,11 @@ def seconds(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., float]:
 
 WAYS = ["alone", "beside one", "beside two", "beside two, each in a group of its own"]
 SEEDS = range(1, 4)
+BESIDE = slow_beyond([(way, levels) for way in range(4) for levels in (0, 4)], [(0, 4), (1, 0), (2, 4), (3, 0)])
+"""Each of WAYS with plain texts (0) and with drafts (4) in `make test-slow`; in `make test` the two take turns."""
 
 
-@pytest.mark.parametrize("levels", [0, 4], ids=["plain", "drafts"])
-@pytest.mark.parametrize("way", range(4), ids=WAYS)
+@pytest.mark.parametrize(("way", "levels"), BESIDE)
 def test_beside_spinning_neighbours_it_is_nearly_the_better_of_one_and_two_threads(
     seconds: Callable[..., float], way: int, levels: int
 ) -> None:
