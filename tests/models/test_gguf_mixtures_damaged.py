@@ -1,7 +1,7 @@
 """The header of a mixture's GGUF file, damaged at every place.
 
-Apart from test_gguf_mixtures.py, whose calls are checked for shapes and types in `make test`: this makes the same calls thousands of
-times, and is checked in `make test-slow`.
+Apart from test_gguf_mixtures.py, whose calls are checked for shapes and types in `make test`: this makes the same calls thousands
+of times, and is checked in `make test-slow`.
 """
 
 from __future__ import annotations
