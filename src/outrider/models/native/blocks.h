@@ -73,10 +73,27 @@ constexpr int64_t reach(int64_t at, int64_t ahead, int64_t size, int64_t next) {
     return at + ahead < size ? at + ahead : next + (at + ahead - size);
 }
 
+constexpr int64_t FAR = 4096;  // bytes of a stream
+
 template <int BYTES>
 inline void ask_lines(const uint8_t* p) {
 #pragma GCC unroll 8
     for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+// How many groups meet a row at once: two share what is read of it, where their weights fit into registers.
+template <int R, int C>
+constexpr int TOGETHER = REGISTERS == 32 && R > 1 && C % 2 == 0 ? 2 : 1;
+
+// Weights stay in registers for all rows, and what rows of x hold is read anew for the groups that come next: compilers would rather
+// load weights for each row and keep x for all groups, which are more than there are registers, and then loads take the time.
+template <int R, int T>
+inline void keep_apart(vb (&w)[T][8], const int8_t*& x) {
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
+        for (int j = 0; R > 1 && j < 8; ++j) hold(w[t][j]);
+    asm("" : "+r"(x));
 }
 
 // out[(c * R + r) * LANES] for C groups side by side and R rows of a type with blocks of 32.
@@ -84,32 +101,42 @@ template <Format F, int R, int C>
 void small_blocks(const Layout& l, const uint8_t* group, const Rounded32& x, float* out) {
     vf total[C][R] = {};
     constexpr BlockSizes SIZE = sizes_of(F);
-    constexpr int DEPTH = F == MXFP4 ? 5 : SIZE.bits;
+    constexpr int DEPTH = F == MXFP4 ? 5 : SIZE.bits, T = TOGETHER<R, C>;
     constexpr bool SIGNED = SIZE.offset == 0 || (SIZE.bits == 8 && !UNSIGNED_BYTES);
     const int64_t step = l.unit_bytes(), aside = l.side_bytes(), codes = l.codes_bytes(), apart = l.group_bytes(), blocks = l.blocks();
+    const int64_t ahead = codes < FAR ? codes : FAR;
     const int32_t* start = x.start[SIZE.offset == 8 ? 0 : SIZE.offset == 16 ? 1 : 2];
     for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t there = reach(b * step, 1024, codes, C * apart);
+        const int64_t there = reach(b * step, ahead, codes, C * apart);
         const int64_t there_aside = codes + reach(b * aside, 256, blocks * aside, C * apart);
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-            const uint8_t* at = group + c * apart;
-            const uint8_t* side = at + codes + b * aside;
-            ask_lines<Layout::vectors(SIZE.bits) * VECTOR>(at + there);
-            ask_lines<1>(at + there_aside);
-            vb w[8];
-            unpack<SIZE.bits>(at + b * step, w);
-            if (F == MXFP4) look_up(w);
-            const vf d = F == INT8 ? vf{} + 1.0f : block_scales<F>(side);
-            const vf m = SIZE.minimum ? widen_halves(side + 2 * LANES) : vf{};
+        const int8_t* q = x.q + b * UNIT;
+#pragma GCC unroll 1
+        for (int c = 0; c < C; c += T) {
+            vb w[T][8];
+            vf d[T], m[T];
+#pragma GCC unroll 2
+            for (int t = 0; t < T; ++t) {
+                const uint8_t *at = group + (c + t) * apart, *side = at + codes + b * aside;
+                ask_lines<Layout::vectors(SIZE.bits) * VECTOR>(at + there);
+                ask_lines<1>(at + there_aside);
+                unpack<SIZE.bits>(at + b * step, w[t]);
+                if (F == MXFP4) look_up(w[t]);
+                d[t] = F == INT8 ? vf{} + 1.0f : block_scales<F>(side);
+                m[t] = SIZE.minimum ? widen_halves(side + 2 * LANES) : vf{};
+            }
+            keep_apart<R, T>(w, q);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const int64_t i = r * x.ldb + b;
-                const vi from = SIGNED ? vi{} : vi{} + start[i];
-                const vi sum = dots<DEPTH, 8>(from, w, x.q + r * x.ldq + b * UNIT);
                 const vf dx = x.d[i] - vf{};
-                total[c][r] = fused(to_float(sum), F == INT8 ? dx : d * dx, total[c][r]);
-                if (SIZE.minimum) total[c][r] = fused(x.sum[i] - vf{}, m * dx, total[c][r]);
+#pragma GCC unroll 2
+                for (int t = 0; t < T; ++t) {
+                    const vi from = SIGNED ? vi{} : vi{} + start[i];
+                    const vi sum = dots<DEPTH, 8>(from, w[t], q + r * x.ldq);
+                    vf& all = total[c + t][r];
+                    all = fused(to_float(sum), F == INT8 ? dx : d[t] * dx, all);
+                    if (SIZE.minimum) all = fused(x.sum[i] - vf{}, m[t] * dx, all);
+                }
             }
         }
     }
@@ -135,9 +162,10 @@ template <Format F, int R, int C>
 void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, float* out) {
     vf total[C][R] = {};
     constexpr BlockSizes SIZE = sizes_of(F);
+    constexpr int T = TOGETHER<R, C>;
     const int64_t step = l.unit_bytes(), aside = l.side_bytes(), codes = l.codes_bytes(), apart = l.group_bytes(), blocks = l.blocks();
     for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t there = reach(b * 8 * step, (VECTOR == 64 ? 1 : 2) * 8 * step, codes, C * apart) - b * 8 * step;
+        const int64_t there = reach(b * 8 * step, 2 * 8 * step, codes, C * apart) - b * 8 * step;
         const int64_t there_aside = reach(b * aside, aside, blocks * aside, C * apart) - b * aside;
         const uint8_t* at = group + b * 8 * step;
         const uint8_t* side = group + codes + b * aside;
@@ -149,24 +177,34 @@ void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, fl
             for (int r = 0; r < R; ++r) sum[c][r] = F == Q6_K ? load<vi>(side + c * apart + 18 * LANES) : vi{};
         }
         for (int u = 0; u < 8; ++u) {
-#pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) {
-                vb w[8];
-                ask_lines<Layout::vectors(SIZE.bits) * VECTOR>(at + c * apart + there + u * step);
-                unpack<SIZE.bits>(at + c * apart + u * step, w);
-                const uint8_t* factor = side + c * apart + (F == Q6_K ? 2 + 2 * u : 4 + u) * LANES;
-                const vi scale = F == Q6_K ? widen_bytes<int8_t>(factor) : widen_bytes<uint8_t>(factor);
-                const vi second = F == Q6_K ? widen_bytes<int8_t>(factor + LANES) : vi{};
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    const int8_t* q = (F == Q6_K ? x.moved : x.q) + r * x.ldq + b * 256 + u * UNIT;
-                    if (F == Q6_K) {
-                        sum[c][r] = scaled_dots<6, 4>(sum[c][r], scale, w, q);
-                        sum[c][r] = scaled_dots<6, 4>(sum[c][r], second, w + 4, q + 16);
-                    } else {
-                        sum[c][r] = scaled_dots<SIZE.bits, 8>(sum[c][r], scale, w, q);
-                    }
+            const int8_t* x_unit = (F == Q6_K ? x.moved : x.q) + b * 256 + u * UNIT;
+#pragma GCC unroll 1
+            for (int c = 0; c < C; c += T) {
+                vb w[T][8];
+                vi scale[T], second[T];
+#pragma GCC unroll 2
+                for (int t = 0; t < T; ++t) {
+                    const uint8_t* from = at + (c + t) * apart + u * step;
+                    const uint8_t* factor = side + (c + t) * apart + (F == Q6_K ? 2 + 2 * u : 4 + u) * LANES;
+                    ask_lines<Layout::vectors(SIZE.bits) * VECTOR>(from + there);
+                    unpack<SIZE.bits>(from, w[t]);
+                    scale[t] = F == Q6_K ? widen_bytes<int8_t>(factor) : widen_bytes<uint8_t>(factor);
+                    second[t] = F == Q6_K ? widen_bytes<int8_t>(factor + LANES) : vi{};
                 }
+                keep_apart<R, T>(w, x_unit);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                    for (int t = 0; t < T; ++t) {
+                        const int8_t* q = x_unit + r * x.ldq;
+                        vi& all = sum[c + t][r];
+                        if (F == Q6_K) {
+                            all = scaled_dots<6, 4>(all, scale[t], w[t], q);
+                            all = scaled_dots<6, 4>(all, second[t], w[t] + 4, q + 16);
+                        } else {
+                            all = scaled_dots<SIZE.bits, 8>(all, scale[t], w[t], q);
+                        }
+                    }
             }
         }
 #pragma GCC unroll 4
