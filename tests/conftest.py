@@ -52,6 +52,16 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _what_is_frozen_stays_so():
+    """A server freezes the objects of its process when it begins and thaws all of them when it ends. Here it is not alone in its
+    process: every collection after it, one for each server that begins, would look at those millions again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _warnings_name_who_caused_them():
     from torch.jit._builtins import _register_builtin
 
