@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import threading
@@ -138,3 +139,11 @@ def test_a_request_that_takes_too_long_ends() -> None:
         assert status == 503
         assert "longer than this server allows" in json.loads(reply)["error"]["message"]
         until(lambda: free(running) == 1)
+
+
+def test_what_was_frozen_before_the_tests_is_frozen_after_a_server() -> None:
+    """Of this suite: thawed by one server, millions of objects would be looked at by every server that begins after it."""
+    frozen = gc.get_freeze_count()
+    with serving(slots=1):
+        pass
+    assert gc.get_freeze_count() == frozen > 100_000
