@@ -73,17 +73,17 @@ constexpr int64_t reach(int64_t at, int64_t ahead, int64_t size, int64_t next) {
     return at + ahead < size ? at + ahead : next + (at + ahead - size);
 }
 
-constexpr int64_t FAR = 4096;  // bytes of a stream
-
 template <int BYTES>
 inline void ask_lines(const uint8_t* p) {
 #pragma GCC unroll 8
     for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
+constexpr int FEW = 3;  // rows up to which what all groups and rows need fits into registers
+
 // How many groups meet a row at once: two share what is read of it, where their weights fit into registers.
 template <int R, int C>
-constexpr int TOGETHER = REGISTERS == 32 && R > 1 && C % 2 == 0 ? 2 : 1;
+constexpr int TOGETHER = REGISTERS == 32 && R > FEW && C % 2 == 0 ? 2 : 1;
 
 // Weights stay in registers for all rows, and what rows of x hold is read anew for the groups that come next: compilers would rather
 // load weights for each row and keep x for all groups, which are more than there are registers, and then loads take the time.
@@ -92,8 +92,8 @@ inline void keep_apart(vb (&w)[T][8], const int8_t*& x) {
 #pragma GCC unroll 2
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
-        for (int j = 0; R > 1 && j < 8; ++j) hold(w[t][j]);
-    asm("" : "+r"(x));
+        for (int j = 0; R > FEW && j < 8; ++j) hold(w[t][j]);
+    if (R > FEW) asm("" : "+r"(x));
 }
 
 // out[(c * R + r) * LANES] for C groups side by side and R rows of a type with blocks of 32.
@@ -104,14 +104,14 @@ void small_blocks(const Layout& l, const uint8_t* group, const Rounded32& x, flo
     constexpr int DEPTH = F == MXFP4 ? 5 : SIZE.bits, T = TOGETHER<R, C>;
     constexpr bool SIGNED = SIZE.offset == 0 || (SIZE.bits == 8 && !UNSIGNED_BYTES);
     const int64_t step = l.unit_bytes(), aside = l.side_bytes(), codes = l.codes_bytes(), apart = l.group_bytes(), blocks = l.blocks();
+    constexpr int64_t FAR = R <= FEW ? 2048 : 4096;  // bytes of a stream: the more rows, the longer a line takes
     const int64_t ahead = codes < FAR ? codes : FAR;
     const int32_t* start = x.start[SIZE.offset == 8 ? 0 : SIZE.offset == 16 ? 1 : 2];
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t there = reach(b * step, ahead, codes, C * apart);
         const int64_t there_aside = codes + reach(b * aside, 256, blocks * aside, C * apart);
         const int8_t* q = x.q + b * UNIT;
-#pragma GCC unroll 1
-        for (int c = 0; c < C; c += T) {
+        const auto take = [&](int c) __attribute__((always_inline)) {
             vb w[T][8];
             vf d[T], m[T];
 #pragma GCC unroll 2
@@ -138,6 +138,13 @@ void small_blocks(const Layout& l, const uint8_t* group, const Rounded32& x, flo
                     if (SIZE.minimum) all = fused(x.sum[i] - vf{}, m[t] * dx, all);
                 }
             }
+        };
+        if (R <= FEW) {
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c += T) take(c);
+        } else {
+#pragma GCC unroll 1
+            for (int c = 0; c < C; c += T) take(c);
         }
     }
     for (int c = 0; c < C; ++c)
