@@ -164,6 +164,24 @@ inline vi times_least(const vi (&pair)[4], const int16_t* sums) {
     return total;
 }
 
+// total[r] += block b of one group: its sums, and its minima, with what lies beside it.
+template <Format F, int R>
+__attribute__((always_inline)) inline void add_super_block(
+    const uint8_t* side, const Rounded256& x, int64_t b, const vi (&sum)[R], vf (&total)[R]
+) {
+    constexpr bool MINIMUM = sizes_of(F).minimum;
+    const vf d = widen_halves(side), m = MINIMUM ? widen_halves(side + 2 * LANES) : vf{};
+    vi pair[4];
+    for (int u = 0; MINIMUM && u < 4; ++u) pair[u] = two_least(side + (12 + 2 * u) * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        const vf dx = x.d[r * x.ldd + b] - vf{};
+        total[r] = fused(to_float(sum[r]), d * dx, total[r]);
+        if (!MINIMUM) continue;
+        total[r] = fused(to_float(times_least(pair, x.sum + r * x.lds + b * 8)), m * dx, total[r]);
+    }
+}
+
 // `small_blocks` with super-blocks of 256.
 template <Format F, int R, int C>
 void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, float* out) {
@@ -215,19 +233,7 @@ void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, fl
             }
         }
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-            const uint8_t* near = side + c * apart;
-            const vf d = widen_halves(near), m = SIZE.minimum ? widen_halves(near + 2 * LANES) : vf{};
-            vi pair[4];
-            for (int u = 0; SIZE.minimum && u < 4; ++u) pair[u] = two_least(near + (12 + 2 * u) * LANES);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                const vf dx = x.d[r * x.ldd + b] - vf{};
-                total[c][r] = fused(to_float(sum[c][r]), d * dx, total[c][r]);
-                if (!SIZE.minimum) continue;
-                total[c][r] = fused(to_float(times_least(pair, x.sum + r * x.lds + b * 8)), m * dx, total[c][r]);
-            }
-        }
+        for (int c = 0; c < C; ++c) add_super_block<F>(side + c * apart, x, b, sum[c], total[c]);
     }
     for (int c = 0; c < C; ++c)
         for (int r = 0; r < R; ++r) store(out + (c * R + r) * LANES, total[c][r]);
