@@ -143,20 +143,17 @@ def compiled(kind: str, target: Toy, growth: Growth) -> Drafter:
 
 
 def rounded(kind: str, target: Toy, growth: Growth) -> Drafter:
-    """The same with matrices in 8 bits, those whose rows fill whole blocks."""
-    model, to = copy.deepcopy(learned(kind, target)).float(), rounding("q8_0")
-    if kind == "medusa":
-        return MedusaDrafter(model, growth, rounding=to)  # type: ignore[arg-type]
-    drafter, forward = ROUNDED_BY[kind]
-    return drafter(model, growth, forward=partial(forward, rounding=to))
+    """The same with matrices in 8 bits, those whose rows fill whole blocks. (Of Medusa's none does, in targets this small.)"""
+    model = copy.deepcopy(learned(kind, target)).float()
+    assert any(p.dim() == 2 and p.shape[1] % 32 == 0 for p in model.parameters())
+    forward = partial(FORWARDS[kind], rounding=rounding("q8_0"))
+    return DRAFTER_OF.get(kind, EagleDrafter)(model, growth, forward=forward)  # type: ignore[arg-type]
 
 
-ROUNDED_BY: dict[str, tuple[Any, Any]] = {
-    "eagle": (EagleDrafter, forward_of),
-    "hydra": (SequentialDrafter, sequential_forward.forward_of),
-    "dflash": (DFlashDrafter, block_forward.forward_of),
-}
-"""The drafters of networks that are rounded, and what makes their forwards."""
+FORWARDS: dict[str, Any] = {
+    "eagle": forward_of, "hydra": sequential_forward.forward_of, "dflash": block_forward.forward_of
+}  # fmt: skip
+"""What makes the forwards of networks that can be rounded."""
 DRAFTER_OF = {"medusa": MedusaDrafter, "hydra": SequentialDrafter, "dflash": DFlashDrafter}
 """The drafters of the networks that `learned` makes, where it is not EAGLE's."""
 
@@ -300,7 +297,6 @@ if library_for(torch.ones(1)) is not None:
             "dflash", target, Levels(levels((1,) * 4), target.vocab_size)
         ),
         "eagle-rounded": lambda target, slots: rounded("eagle", target, Levels(levels((1,) * 4), target.vocab_size)),
-        "medusa-rounded": lambda target, slots: rounded("medusa", target, BestFirst(7, 4, target.vocab_size, width=3)),
         "hydra-rounded": lambda target, slots: rounded("hydra", target, Levels(levels((1,) * 4), target.vocab_size)),
         "dflash-rounded": lambda target, slots: rounded("dflash", target, Levels(levels((1,) * 4), target.vocab_size)),
     }

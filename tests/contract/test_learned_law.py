@@ -53,7 +53,6 @@ CASES: dict[str, tuple[str, Growth]] = {
     "compiled blocks, sampled chain": ("dflash compiled", Levels(levels((1, 1, 1)), V)),
     "compiled sequential heads, sampled chain": ("hydra compiled", Levels(levels((1, 1, 1)), V)),
     "rounded features, sampled chain": ("eagle rounded", Levels(levels((1, 1, 1)), V)),
-    "rounded heads, sampled chain": ("medusa rounded", Levels(levels((1, 1, 1)), V)),
     "rounded blocks, sampled chain": ("dflash rounded", Levels(levels((1, 1, 1)), V)),
     "rounded sequential heads, sampled chain": ("hydra rounded", Levels(levels((1, 1, 1)), V)),
     "sequential heads, stopping": ("hydra", ByGain(3, 3, V, least=0.35)),

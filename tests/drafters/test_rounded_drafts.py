@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from outrider.drafters.medusa.format import MedusaConfig, SequentialConfig
 from outrider.drafters.medusa.network import MedusaNetwork
 from outrider.drafters.medusa.sequential import SequentialNetwork
 from outrider.drafters.medusa.sequential_forward import NativeForward as NativeSequence
+from outrider.drafters.spec import parse_draft
 from outrider.models.quantised import rounding
 from outrider.nn.blocks import dequantise
 from tests.drafters.test_native_drafts import LIBRARY, ROOM, blocks, double, filled, some_levels, taps_for
@@ -107,6 +109,15 @@ def test_sequential_heads_are_the_rounded_networks(kind: str, threads: None) -> 
     for i in range(3):
         own, last = run.forward([9], state=state[i : i + 1])
         assert torch.equal(own[0], together[i]) and torch.equal(last[0], nexts[i])
+
+
+def test_what_the_compiled_decoder_does_not_run_is_not_called_rounded() -> None:
+    """So that a notice says that the option does nothing: of heads of another shape, and of weights that it does not take."""
+    to = rounding("q8_0")
+    spec = replace(parse_draft("eagle", 3, "sampled"), rounding=to)
+    assert spec.rounding_for(torch.ones(1), fits=False) is None
+    assert spec.rounding_for(torch.ones(1).double()) is None and not to.used
+    assert spec.rounding_for(torch.ones(1)) is to and to.used
 
 
 def test_rows_that_fill_no_blocks_stay_as_they_are() -> None:

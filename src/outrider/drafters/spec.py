@@ -60,9 +60,11 @@ class DraftSpec:
             return ByGain(depth, depth, vocab_size, least=self.stop, sample=self.sample)
         return Levels(self.shape, vocab_size, sample=self.sample, siblings=self.siblings)
 
-    def rounding_for(self, weight: Tensor) -> Rounding | None:
-        """How the matrices of a drafter with this weight are rounded; None where they are not, or nothing multiplies blocks."""
-        return None if self.rounding is None else self.rounding.here(weight)
+    def rounding_for(self, weight: Tensor, *, fits: bool = True) -> Rounding | None:
+        """How the matrices of a drafter with this weight are rounded; None where they are not, or nothing multiplies blocks.
+
+        fits: whether the compiled decoder runs heads of its shape."""
+        return None if self.rounding is None or not fits else self.rounding.here(weight)
 
     def at_most(self, depth: int) -> DraftSpec:
         """The same spec for a drafter with at most `depth` levels: a longer chain is cut."""

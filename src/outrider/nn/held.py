@@ -55,21 +55,22 @@ class Held:
 
     def product(self, weight: Tensor | NativeLinear, *, head: bool = False) -> NativeLinear:
         """A linear of this weight, or the one that is given."""
-        if isinstance(weight, NativeLinear):
-            made = weight
-        elif self._rounding is None:
-            made = NativeLinear(self._library, self._memory.copy(weight.detach(), self._dtype))
-        else:
+        if isinstance(weight, Tensor):
+            if self._rounding is None:
+                return self._as_it_is(weight)
             segment = self._rounding.segment(weight.detach().to(self._dtype), head)
-            made = NativeLinear(self._library, (segment,), memory=self._memory)
-        self._parts.append(made)
-        return made
+            weight = NativeLinear(self._library, (segment,), memory=self._memory)
+        self._parts.append(weight)
+        return weight
 
     def table(self, weight: Tensor) -> int:
-        """The handle of a linear whose rows are read, one by one: as wide as it is."""
+        """The handle of a linear whose rows are read one by one, and not rounded."""
+        return self._as_it_is(weight).handle
+
+    def _as_it_is(self, weight: Tensor) -> NativeLinear:
         made = NativeLinear(self._library, self._memory.copy(weight.detach(), self._dtype))
         self._parts.append(made)
-        return made.handle
+        return made
 
     def linear(self, weight: Tensor | NativeLinear | None) -> int | None:
         """A linear's handle."""

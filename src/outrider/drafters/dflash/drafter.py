@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider.drafters.context import Backlog, Context
-from outrider.drafters.dflash.forward import Forward, forward_of
+from outrider.drafters.dflash.forward import Forward, forward_of, shape_of
 from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.forest import Forest
@@ -137,5 +137,5 @@ class DFlashDrafter:
 def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None) -> Drafter:
     """The drafter of a folder for `target`, see `registry.LearnedDrafter`."""
     model = DFlashNetwork.load(folder, target, target_path).to(target.device)
-    forward = partial(forward_of, rounding=spec.rounding_for(model.fc.weight))
+    forward = partial(forward_of, rounding=spec.rounding_for(model.fc.weight, fits=shape_of(model).fits))
     return DFlashDrafter(model, spec.at_most(model.config.block - 1).growth(target.vocab_size), forward=forward)

@@ -245,5 +245,5 @@ def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None)
     """The drafter of a folder for `target`, see `registry.LearnedDrafter`."""
     network = Eagle1Network if read_config(folder)[1] in ("eagle", "llama") else Eagle3Network
     model = network.load(folder, target).to(target.device)
-    forward = partial(forward_of, rounding=spec.rounding_for(model.fc.weight))
+    forward = partial(forward_of, rounding=spec.rounding_for(model.fc.weight, fits=model.shape.fits))
     return EagleDrafter(model, spec.growth(target.vocab_size), forward=forward)

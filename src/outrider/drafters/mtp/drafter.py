@@ -36,7 +36,7 @@ def _head(
     """A head, and what makes its forward."""
     if found is None or not isinstance(target, BlockTarget):
         made = MtpNetwork.load(folder, target, number).to(target.device)
-        return made, partial(forward_of, rounding=spec.rounding_for(made.fc.weight))
+        return made, partial(forward_of, rounding=spec.rounding_for(made.fc.weight, fits=made.shape.fits))
     model, block = _of_target(found, target, number)
     return model, lambda network, _: BlockForward(block, network)
 
